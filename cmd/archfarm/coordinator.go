@@ -1,0 +1,74 @@
+package main
+
+import (
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/archfarm/archfarm/coordinator"
+)
+
+func newCoordinator(stop <-chan struct{}) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "coordinator",
+		Short: "Serve the BuildKit endpoint and send its builds to workers",
+		Long: `Serve BuildKit's API to unmodified clients. Builds are split by platform and run
+on the workers that have joined; SIGTERM lets running builds end and takes no new
+ones, a second SIGTERM stops at once.`,
+		Example: `  archfarm coordinator --data-dir /var/lib/archfarm
+  archfarm coordinator --listen 10.0.0.5:8372 --listen unix:///run/archfarm.sock \
+      --http 10.0.0.5:8373 --gossip 10.0.0.5:7946 --data-dir /var/lib/archfarm`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := coordinatorConfig(cmd, stop)
+			if err != nil {
+				return err
+			}
+			return coordinator.Run(cmd.Context(), cfg)
+		},
+	}
+	coordinatorFlags(cmd)
+	cmd.Flags().String("name", "", "this coordinator's name in gossip (default: the host's name)")
+	cmd.Flags().String("data-dir", "", "folder for the coordinator's state")
+	return cmd
+}
+
+func coordinatorFlags(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.StringArray("listen", []string{coordinator.DefaultListen}, "where clients and workers connect: host:port, tcp://host:port or unix:///path; may repeat")
+	flags.String("http", coordinator.DefaultHTTP, "where health and metrics are served; empty for nowhere")
+	flags.String("gossip", coordinator.DefaultGossip, "host:port, TCP and UDP, by which workers find this coordinator; empty for none")
+	flags.String("advertise", "", "host:port that workers are told to dial (default: the first TCP address of --listen)")
+	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
+	gossipFlags(flags)
+}
+
+func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Config, error) {
+	flags := cmd.Flags()
+	cfg := coordinator.Config{Version: version, Stop: stop}
+	listen, _ := flags.GetStringArray("listen")
+	var err error
+	if cfg.Listen, err = addresses("listen", listen); err != nil {
+		return cfg, err
+	}
+	if cfg.GossipKey, err = gossipKey(cmd); err != nil {
+		return cfg, err
+	}
+	if cfg.Logger, err = logger(cmd); err != nil {
+		return cfg, err
+	}
+	cfg.Name, _ = flags.GetString("name")
+	if cfg.Name == "" {
+		if cfg.Name, err = os.Hostname(); err != nil {
+			return cfg, err
+		}
+	}
+	cfg.HTTP, _ = flags.GetString("http")
+	cfg.Gossip, _ = flags.GetString("gossip")
+	cfg.GossipAdvertise, _ = flags.GetString("gossip-advertise")
+	cfg.Advertise, _ = flags.GetString("advertise")
+	cfg.Join, _ = flags.GetStringArray("join")
+	cfg.DataDir, _ = flags.GetString("data-dir")
+	cfg.DrainTimeout, _ = flags.GetDuration("drain-timeout")
+	return cfg, nil
+}

@@ -1,0 +1,99 @@
+package coordinator
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/archfarm/archfarm/address"
+)
+
+// Defaults of a coordinator.
+const (
+	DefaultListen       = "127.0.0.1:8372"
+	DefaultHTTP         = "127.0.0.1:8373"
+	DefaultGossip       = "127.0.0.1:7946"
+	DefaultDrainTimeout = 10 * time.Minute
+)
+
+// Config is how a coordinator runs.
+type Config struct {
+	// Name is unique among the coordinators of a farm.
+	Name string
+	// Listen are the addresses of the gRPC door: BuildKit's API, archfarm's own,
+	// and the connections that agents dial back. At least one; the first TCP one
+	// is what gossip tells the workers.
+	Listen []address.Address
+	// HTTP is host:port of health and metrics; empty for none.
+	HTTP string
+	// Gossip is host:port, TCP and UDP, of the member list; empty for none.
+	Gossip string
+	// GossipAdvertise is what others reach Gossip by, when that is not its address.
+	GossipAdvertise string
+	// Advertise is the host:port that workers dial; by default the first TCP
+	// address of Listen.
+	Advertise string
+	// Join are other members' gossip addresses.
+	Join []string
+	// GossipKey encrypts gossip: 16, 24 or 32 bytes.
+	GossipKey []byte
+	// DataDir holds the coordinator's state. It belongs to one process at a time.
+	DataDir string
+	// DrainTimeout bounds the wait for running builds once the context has ended.
+	DrainTimeout time.Duration
+	// Stop, when closed, ends the wait for running builds.
+	Stop <-chan struct{}
+	// Version of this program.
+	Version string
+	Logger  *slog.Logger
+	// Ready is called once, when all addresses are bound.
+	Ready func(Bound)
+}
+
+// Bound are the addresses in use, ports that were 0 filled in.
+type Bound struct {
+	Listen []address.Address
+	HTTP   string
+	Gossip string
+}
+
+func (c *Config) validate() error {
+	if len(c.Listen) == 0 {
+		return errors.New("no address to listen on; name one with --listen")
+	}
+	if c.DataDir == "" {
+		return errors.New("no folder for the coordinator's state; name one with --data-dir")
+	}
+	if c.DrainTimeout <= 0 {
+		c.DrainTimeout = DefaultDrainTimeout
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Advertise != "" {
+		if _, _, err := net.SplitHostPort(c.Advertise); err != nil {
+			return fmt.Errorf("the address to advertise, %q, is not host:port: %w", c.Advertise, err)
+		}
+	}
+	if c.Name == "" {
+		c.Name = "coordinator"
+	}
+	c.Name = strings.ToLower(c.Name)
+	return nil
+}
+
+// advertised is the gRPC address that gossip tells.
+func (c *Config) advertised(bound []address.Address) string {
+	if c.Advertise != "" {
+		return c.Advertise
+	}
+	for _, a := range bound {
+		if a.Network == "tcp" {
+			return a.Addr
+		}
+	}
+	return ""
+}

@@ -1,0 +1,256 @@
+// Package coordinator makes a fleet of native BuildKit workers look like one
+// buildkitd. flow.go is the way of a build through it; the packages below hold
+// one concept each.
+package coordinator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	controlapi "github.com/moby/buildkit/api/services/control"
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/coordinator/dispatch"
+	"github.com/archfarm/archfarm/coordinator/endpoint"
+	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/coordinator/session"
+	"github.com/archfarm/archfarm/gossip"
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+	"github.com/archfarm/archfarm/tunnel"
+)
+
+const (
+	// maxMessage is BuildKit's cap for one message of its API.
+	maxMessage = 16 << 20
+	// farewell is how long clients have for the last words of their streams once
+	// every build has ended.
+	farewell = 2 * time.Second
+)
+
+// coordinator is a running coordinator.
+type coordinator struct {
+	cfg     Config
+	log     *slog.Logger
+	farm    *dispatch.Farm
+	builds  *dispatch.Builds
+	history *endpoint.History
+	metrics *prometheus.Registry
+	health  *health.Server
+}
+
+// Run serves until ctx ends and the builds that run by then have ended too, or
+// until Config.Stop is closed.
+func Run(ctx context.Context, cfg Config) error {
+	if err := cfg.validate(); err != nil {
+		return fmt.Errorf("starting the coordinator: %w", err)
+	}
+	unlock, err := lockDataDir(cfg.DataDir)
+	if err != nil {
+		return fmt.Errorf("starting the coordinator: %w", err)
+	}
+	defer unlock()
+	c, err := assembleCoordinator(cfg)
+	if err != nil {
+		return fmt.Errorf("starting the coordinator: %w", err)
+	}
+	return c.run(ctx)
+}
+
+func assembleCoordinator(cfg Config) (*coordinator, error) {
+	sessions, err := session.NewRegistry()
+	if err != nil {
+		return nil, err
+	}
+	metrics := prometheus.NewRegistry()
+	scheduler := schedule.New(nil)
+	workers := fleet.New(cfg.Logger, func(ws []*fleet.Worker) { scheduler.Update(asSchedule(ws)) })
+	farm := &dispatch.Farm{
+		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
+		Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
+	}
+	registerMetrics(metrics, farm, cfg.Version)
+	return &coordinator{
+		cfg: cfg, log: cfg.Logger, farm: farm, builds: dispatch.NewBuilds(farm), history: endpoint.NewHistory(workers), metrics: metrics, health: health.NewServer(),
+	}, nil
+}
+
+// asSchedule is the fleet as the scheduler sees it.
+func asSchedule(workers []*fleet.Worker) []schedule.Worker {
+	out := make([]schedule.Worker, 0, len(workers))
+	for _, w := range workers {
+		report := w.Report()
+		s := schedule.Worker{
+			Name: w.Name, Platforms: w.Platforms, Reported: w.Reported(),
+			Slots: int(report.GetSlots().GetTotal()), Used: int(report.GetSlots().GetUsed()), Reason: report.GetReason(),
+		}
+		switch report.GetState() {
+		case archfarmv1.Worker_STATE_READY:
+			s.State = schedule.Ready
+		case archfarmv1.Worker_STATE_DRAINING:
+			s.State = schedule.Draining
+		default:
+			s.State = schedule.Unavailable
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+// run binds every address, serves, and on the way out stops the servers before
+// what they depend on.
+func (c *coordinator) run(ctx context.Context) error {
+	listeners, bound, err := c.listen(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeAll(listeners)
+	members, err := c.gossip(ctx, &bound)
+	if err != nil {
+		return err
+	}
+	server := c.server()
+	web, webListener, err := c.web(ctx, &bound)
+	if err != nil {
+		return err
+	}
+	if c.cfg.Ready != nil {
+		c.cfg.Ready(bound)
+	}
+	c.log.Info("coordinator serves", "listen", fmt.Sprint(bound.Listen), "http", bound.HTTP, "gossip", bound.Gossip, "version", c.cfg.Version)
+
+	var serving errgroup.Group
+	for _, l := range listeners {
+		serving.Go(func() error { return server.Serve(l) })
+	}
+	serving.Go(func() error {
+		if err := web.Serve(webListener); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	<-ctx.Done()
+	c.drain(ctx)
+	c.stop(ctx, server, web)
+	if members != nil {
+		if err := members.Close(context.WithoutCancel(ctx)); err != nil { // ctx has ended, the farewell has its own bound
+			c.log.Warn("leaving gossip", "error", err)
+		}
+	}
+	return serving.Wait()
+}
+
+// drain lets running builds end, within bounds.
+func (c *coordinator) drain(ctx context.Context) {
+	c.health.Shutdown()
+	c.log.Info("draining: no new builds are taken", "timeout", c.cfg.DrainTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.DrainTimeout) // ctx has ended: that is why
+	defer cancel()
+	go func() { // ends with cancel
+		select {
+		case <-c.cfg.Stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	if err := c.builds.Drain(ctx); err != nil {
+		c.log.Warn("stopping while builds run", "reason", err)
+	}
+}
+
+// stop ends the servers: gently, as all builds are over, but not for long.
+func (c *coordinator) stop(ctx context.Context, server *grpc.Server, web *http.Server) {
+	c.farm.Fleet.Close()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell) // ctx has ended: that is why
+	defer cancel()
+	defer context.AfterFunc(ctx, server.Stop)()
+	go func() { // ends with cancel
+		select {
+		case <-c.cfg.Stop:
+			server.Stop()
+		case <-ctx.Done():
+		}
+	}()
+	server.GracefulStop()
+	if err := web.Shutdown(ctx); err != nil {
+		_ = web.Close()
+	}
+	c.log.Info("coordinator stopped")
+}
+
+// listen binds the doors. Each tells BuildKit's clients from agents' tunnels.
+func (c *coordinator) listen(ctx context.Context) ([]net.Listener, Bound, error) {
+	var out []net.Listener
+	var bound Bound
+	for _, a := range c.cfg.Listen {
+		l, err := a.Listen(ctx)
+		if err != nil {
+			closeAll(out)
+			return nil, bound, fmt.Errorf("listening on %s: %w", a, err)
+		}
+		actual := a
+		if a.Network == "tcp" {
+			actual = address.Address{Network: "tcp", Addr: l.Addr().String()}
+		}
+		bound.Listen = append(bound.Listen, actual)
+		out = append(out, tunnel.NewListener(l, c.farm.Fleet.Accept, c.log))
+	}
+	return out, bound, nil
+}
+
+func closeAll(listeners []net.Listener) {
+	for _, l := range listeners {
+		_ = l.Close() // the server has closed it, unless it never served
+	}
+}
+
+// gossip joins the member list, where workers find this coordinator.
+func (c *coordinator) gossip(ctx context.Context, bound *Bound) (*gossip.Node, error) {
+	advertised := c.cfg.advertised(bound.Listen)
+	if c.cfg.Gossip == "" || advertised == "" {
+		return nil, nil
+	}
+	node, err := gossip.Start(ctx, gossip.Config{
+		Name: c.cfg.Name, Role: gossip.Coordinator, Bind: c.cfg.Gossip, Advertise: c.cfg.GossipAdvertise,
+		Join: c.cfg.Join, Key: c.cfg.GossipKey, GRPC: advertised, Logger: c.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	bound.Gossip = node.Addr()
+	return node, nil
+}
+
+// server registers everything that is served on the gRPC door.
+func (c *coordinator) server() *grpc.Server {
+	server := grpc.NewServer(
+		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		grpc.UnaryInterceptor(grpcerrors.UnaryServerInterceptor),
+		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
+		// A client or worker that vanished without a word is noticed within a minute.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	)
+	control := &endpoint.Control{Solver: c, Builds: c.builds, Farm: c.farm, History: c.history}
+	controlapi.RegisterControlServer(server, control)
+	gwpb.RegisterLLBBridgeServer(server, &endpoint.Gateway{Builds: c.builds, Control: control})
+	contentapi.RegisterContentServer(server, c.history)
+	archfarmv1.RegisterAgentServiceServer(server, c.farm.Fleet)
+	archfarmv1.RegisterFleetServiceServer(server, c.farm.Fleet)
+	healthpb.RegisterHealthServer(server, c.health)
+	return server
+}

@@ -1,0 +1,133 @@
+package dispatch
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// lingering is for how long an ended build can still be asked for its progress:
+// a client may open the status stream of a short build after it has ended.
+const lingering = 10 * time.Second
+
+// Builds are the builds that run, by the reference that the client chose.
+type Builds struct {
+	farm *Farm
+
+	mu       sync.Mutex
+	builds   map[string]*Build
+	arrival  map[string]chan struct{} // closed when the build that somebody waits for has begun
+	draining bool
+	running  sync.WaitGroup
+}
+
+// NewBuilds returns an empty set.
+func NewBuilds(farm *Farm) *Builds {
+	return &Builds{farm: farm, builds: map[string]*Build{}, arrival: map[string]chan struct{}{}}
+}
+
+// Begin takes a request. It answers Unavailable when draining, and AlreadyExists
+// when a build of that reference runs. End must be called.
+func (bs *Builds) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build, error) {
+	if req.GetRef() == "" {
+		return nil, status.Error(codes.InvalidArgument, "starting a build: the request has no Ref")
+	}
+	b, err := bs.farm.Begin(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	if bs.draining {
+		b.cancel(errEnded)
+		return nil, status.Error(codes.Unavailable, "starting a build: this coordinator is draining; try again on another, or in a while")
+	}
+	if _, taken := bs.builds[req.GetRef()]; taken {
+		b.cancel(errEnded)
+		return nil, status.Errorf(codes.AlreadyExists, "starting a build: job ID %s already exists", req.GetRef())
+	}
+	bs.builds[req.GetRef()] = b
+	bs.running.Add(1)
+	if waiting, ok := bs.arrival[req.GetRef()]; ok {
+		close(waiting)
+		delete(bs.arrival, req.GetRef())
+	}
+	return b, nil
+}
+
+// End lets go of a build, in the background: its caller can be answered while
+// the rest of its progress is still under way.
+func (bs *Builds) End(b *Build, reason error) {
+	go func() {
+		defer bs.running.Done()
+		b.End(reason)
+		time.AfterFunc(lingering, func() {
+			bs.mu.Lock()
+			defer bs.mu.Unlock()
+			delete(bs.builds, b.req.GetRef())
+		})
+	}()
+}
+
+// Drain refuses new builds and waits until the running ones have ended.
+func (bs *Builds) Drain(ctx context.Context) error {
+	bs.mu.Lock()
+	bs.draining = true
+	bs.mu.Unlock()
+	ended := make(chan struct{})
+	go func() { // ends with the last build, at the latest when the server has been stopped
+		bs.running.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Draining tells whether new builds are refused.
+func (bs *Builds) Draining() bool {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	return bs.draining
+}
+
+// Find returns the build of that reference. Clients ask before or after they
+// start it, so it waits a while: NotFound when it does not come.
+func (bs *Builds) Find(ctx context.Context, ref string, patience time.Duration) (*Build, error) {
+	bs.mu.Lock()
+	b, ok := bs.builds[ref]
+	if ok {
+		bs.mu.Unlock()
+		return b, nil
+	}
+	arrived, ok := bs.arrival[ref]
+	if !ok {
+		arrived = make(chan struct{})
+		bs.arrival[ref] = arrived
+	}
+	bs.mu.Unlock()
+
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-arrived:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	if b, ok := bs.builds[ref]; ok {
+		return b, nil
+	}
+	if bs.arrival[ref] == arrived {
+		delete(bs.arrival, ref) // others that wait will look for themselves when their time is over
+	}
+	return nil, status.Errorf(codes.NotFound, "no such job %s", ref)
+}

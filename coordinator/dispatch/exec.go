@@ -1,0 +1,103 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+
+	"github.com/moby/buildkit/client/buildid"
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// ExecProcess relays the processes of one client: it has a single stream for
+// all of them, while their containers may be on several workers.
+func (b *Build) ExecProcess(client gwpb.LLBBridge_ExecProcessServer) error {
+	group, ctx := errgroup.WithContext(client.Context())
+	x := &execRelay{build: b, client: client, group: group, ctx: ctx, workers: map[*leg]gwpb.LLBBridge_ExecProcessClient{}, processes: map[string]*leg{}}
+	err := x.requests()
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	for _, worker := range x.workers {
+		_ = worker.CloseSend()
+	}
+	if waitErr := group.Wait(); err == nil {
+		err = waitErr
+	}
+	return err
+}
+
+type execRelay struct {
+	build     *Build
+	client    gwpb.LLBBridge_ExecProcessServer
+	group     *errgroup.Group
+	ctx       context.Context
+	workers   map[*leg]gwpb.LLBBridge_ExecProcessClient
+	processes map[string]*leg
+
+	sending sync.Mutex // to the client, from several workers
+}
+
+// requests sends each of the client's messages to the worker of its process.
+func (x *execRelay) requests() error {
+	for {
+		message, err := x.client.Recv()
+		if err != nil {
+			return err
+		}
+		if start := message.GetInit(); start != nil {
+			l, err := x.build.container(start.GetContainerID())
+			if err != nil {
+				return err
+			}
+			x.processes[message.GetProcessID()] = l
+		}
+		l, ok := x.processes[message.GetProcessID()]
+		if !ok {
+			return status.Errorf(codes.NotFound, "process %s was not started on this stream", message.GetProcessID())
+		}
+		worker, err := x.worker(l)
+		if err != nil {
+			return err
+		}
+		if err := worker.Send(message); err != nil {
+			return err
+		}
+	}
+}
+
+// worker returns the stream to a leg's worker, opened at first use.
+func (x *execRelay) worker(l *leg) (gwpb.LLBBridge_ExecProcessClient, error) {
+	if stream, ok := x.workers[l]; ok {
+		return stream, nil
+	}
+	stream, err := l.attempt.gateway.ExecProcess(buildid.AppendToOutgoingContext(outgoing(x.ctx), l.attempt.ref))
+	if err != nil {
+		return nil, err
+	}
+	x.workers[l] = stream
+	x.group.Go(func() error { return x.answers(stream) })
+	return stream, nil
+}
+
+func (x *execRelay) answers(worker gwpb.LLBBridge_ExecProcessClient) error {
+	for {
+		message, err := worker.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		x.sending.Lock()
+		err = x.client.Send(message)
+		x.sending.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+}

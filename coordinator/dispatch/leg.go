@@ -1,0 +1,301 @@
+package dispatch
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/content/proxy"
+	"github.com/containerd/platforms"
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/identity"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/progress"
+	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/coordinator/session"
+	"github.com/archfarm/archfarm/coordinator/split"
+	"github.com/archfarm/archfarm/manifest"
+)
+
+const (
+	// maxPlacements bounds how often a leg looks for another worker because the
+	// one assigned had given its slot away or left before anything ran there.
+	maxPlacements = 100
+	// maxIndex bounds what is read from a worker as the index of one leg.
+	maxIndex = 4 << 20
+)
+
+// leg is a Leg while it runs.
+type leg struct {
+	split.Leg
+	build    *Build
+	ticket   *schedule.Ticket
+	index    int    // in the order asked
+	key      string // of its platform in results
+	anywhere bool   // placed on any worker, for want of a native one
+	log      *progress.Leg
+
+	worker   *fleet.Worker
+	attempt  *Attempt
+	releases []func() // session relays
+	ended    sync.Once
+}
+
+// start finds a worker and begins the attempt there. It blocks for as long as
+// the leg is queued.
+func (l *leg) start(ctx context.Context, exporters []*controlapi.Exporter) error {
+	conn, err := l.place(ctx)
+	if err != nil {
+		return err
+	}
+	req := l.Solve(l.build.req, identity.NewID(), exporters)
+	l.attempt = startAttempt(l.build.ctx, conn, req, l)
+	l.build.farm.Metrics.attempt(l.String(), l.worker.Name)
+	return nil
+}
+
+// place waits for a worker with a free slot, takes the slot, and makes the
+// client's sessions known there.
+func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
+	wait := &placing{leg: l}
+	var last error
+	for range maxPlacements {
+		assigned, err := l.ticket.Wait(ctx, l.index, wait.queued)
+		if err != nil {
+			wait.failed(err)
+			return nil, err
+		}
+		conn, err := l.take(ctx, assigned.Worker)
+		if err == nil {
+			wait.assigned(assigned)
+			return conn, nil
+		}
+		if ctx.Err() != nil {
+			wait.failed(err)
+			return nil, err
+		}
+		last = err
+		l.build.log.Info("placing again", "platform", l.String(), "worker", assigned.Worker, "reason", err)
+		if !errors.Is(err, fleet.ErrNoSlot) {
+			var lost *build.LostError
+			if !errors.As(err, &lost) { // its buildkitd does not answer, or the session is gone: elsewhere may be no better
+				wait.failed(err)
+				return nil, l.failed(err, assigned.Worker)
+			}
+		}
+		l.ticket.Refused(l.index)
+	}
+	err := status.Errorf(codes.ResourceExhausted, "%s: no worker kept its slot free in %d tries: %v", l, maxPlacements, last)
+	wait.failed(err)
+	return nil, err
+}
+
+// take opens the attempt's connection while the sessions are being relayed.
+func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
+	worker, ok := l.build.farm.Fleet.Worker(name)
+	if !ok {
+		return nil, &build.LostError{Worker: name, Cause: errors.New("it left before the leg started")}
+	}
+	l.worker = worker
+	var conn *fleet.Conn
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.Go(func() (err error) {
+		conn, err = worker.Take(groupCtx)
+		return err
+	})
+	for _, id := range l.build.sessions() {
+		group.Go(func() error { return l.expose(groupCtx, id) })
+	}
+	if err := group.Wait(); err != nil {
+		l.release()
+		if conn != nil {
+			_ = conn.Close()
+		}
+		return nil, err
+	}
+	return conn, nil
+}
+
+// expose makes one of the client's sessions known on the leg's worker. A session
+// that the client never opened is not missed before a step asks for it, and
+// BuildKit says so then.
+func (l *leg) expose(ctx context.Context, id string) error {
+	release, err := l.build.farm.Relays.Expose(ctx, sessionWorker{l.worker}, id)
+	if status.Code(err) == codes.NotFound {
+		l.build.log.Info("session not relayed", "session", id, "reason", err)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	l.build.mu.Lock()
+	defer l.build.mu.Unlock()
+	l.releases = append(l.releases, release)
+	return nil
+}
+
+func (l *leg) release() {
+	l.build.mu.Lock()
+	releases := l.releases
+	l.releases = nil
+	l.build.mu.Unlock()
+	for _, release := range releases {
+		release()
+	}
+}
+
+// end frees everything the leg holds; reason, if any, is why what it was doing
+// did not finish.
+func (l *leg) end(reason error) {
+	l.ended.Do(func() {
+		if l.attempt != nil {
+			l.attempt.close()
+		}
+		if reason != nil {
+			l.build.publish(l.log.Fail(time.Now(), reason.Error()))
+		}
+		l.release()
+		l.ticket.Release(l.index)
+	})
+}
+
+// solve runs one frontend request on the leg's worker, and refuses the answer
+// when it would execute what the worker does not run natively. Nothing has
+// executed by then: BuildKit's solve is lazy, and evaluation is asked for afterwards.
+func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
+	evaluate := req.GetEvaluate()
+	if evaluate {
+		req = cloneSolve(req)
+		req.Evaluate = false
+	}
+	resp, err := call(ctx, l.attempt, l.attempt.gateway.Solve, req)
+	if err != nil {
+		return nil, l.failed(err, l.worker.Name)
+	}
+	refs := split.Refs(resp.GetResult())
+	for _, ref := range refs {
+		if err := l.mayExecute(ref.GetDef()); err != nil {
+			return nil, err
+		}
+	}
+	l.build.remember(l, resp)
+	if !evaluate {
+		return resp, nil
+	}
+	for _, ref := range refs {
+		if _, err := call(ctx, l.attempt, l.attempt.gateway.Evaluate, &gwpb.EvaluateRequest{Ref: ref.GetId()}); err != nil {
+			return nil, l.failed(err, l.worker.Name)
+		}
+	}
+	return resp, nil
+}
+
+// failed names leg and worker where the worker is at fault; what a step or the
+// frontend reported stays as it is, source lines and all.
+func (l *leg) failed(err error, worker string) error {
+	var lost *build.LostError
+	if errors.As(err, &lost) {
+		return &build.LegError{Platform: l.String(), Worker: worker, Attempt: 1, Err: err}
+	}
+	return err
+}
+
+// result asks the worker to finish with the leg's part of the build's result,
+// and collects what its exporter wrote.
+func (l *leg) result(ctx context.Context, part *gwpb.Result, image bool) (exported, error) {
+	if _, err := call(ctx, l.attempt, l.attempt.gateway.Return, &gwpb.ReturnRequest{Result: part}); err != nil {
+		return exported{}, l.failed(err, l.worker.Name)
+	}
+	resp, err := l.attempt.wait(ctx)
+	if err != nil {
+		return exported{}, l.failed(err, l.worker.Name)
+	}
+	out := exported{response: resp.GetExporterResponse()}
+	if image {
+		out.leg, err = l.descriptor(ctx, resp.GetExporterResponse())
+	}
+	return out, err
+}
+
+// exported is what one leg's exporters left behind.
+type exported struct {
+	response map[string]string
+	leg      manifest.Leg
+}
+
+// descriptor reads the leg's index from the worker that wrote it: at once,
+// since the worker may be gone by the time the others have finished.
+func (l *leg) descriptor(ctx context.Context, response map[string]string) (manifest.Leg, error) {
+	raw, err := base64.StdEncoding.DecodeString(response[exptypes.ExporterImageDescriptorKey])
+	if err != nil {
+		return manifest.Leg{}, fmt.Errorf("%s: reading the descriptor that worker %s exported: %w", l, l.worker.Name, err)
+	}
+	var desc ocispecs.Descriptor
+	if err := json.Unmarshal(raw, &desc); err != nil {
+		return manifest.Leg{}, fmt.Errorf("%s: reading the descriptor that worker %s exported: %w", l, l.worker.Name, err)
+	}
+	if desc.Size <= 0 || desc.Size > maxIndex {
+		return manifest.Leg{}, fmt.Errorf("%s: the index that worker %s exported has %d bytes, at most %d are possible", l, l.worker.Name, desc.Size, maxIndex)
+	}
+	blob, err := content.ReadBlob(ctx, proxy.NewContentStore(contentapi.NewContentClient(l.attempt.conn)), desc)
+	if err != nil {
+		return manifest.Leg{}, fmt.Errorf("%s: reading %s from worker %s: %w", l, desc.Digest, l.worker.Name, err)
+	}
+	return manifest.Leg{Platform: l.Platform, Descriptor: desc, Blob: blob}, nil
+}
+
+// clock, progress and solved implement observer.
+func (l *leg) clock(skew time.Duration) { l.log.SetSkew(skew) }
+
+func (l *leg) progress(s *controlapi.StatusResponse) { l.build.publish(l.log.Translate(s)) }
+
+// solved tells the build of a leg that failed by itself.
+func (l *leg) solved(err error) {
+	if err == nil {
+		return
+	}
+	select {
+	case l.build.failed <- l.failed(err, l.worker.Name):
+	default: // another leg was first
+	}
+}
+
+// sessionWorker is a worker as the session relays see it.
+type sessionWorker struct{ *fleet.Worker }
+
+func (w sessionWorker) Dial(ctx context.Context) (session.Conn, error) { return w.Worker.Dial(ctx) }
+
+func cloneSolve(req *gwpb.SolveRequest) *gwpb.SolveRequest {
+	return &gwpb.SolveRequest{
+		Definition: req.GetDefinition(), Frontend: req.GetFrontend(), FrontendOpt: maps.Clone(req.GetFrontendOpt()),
+		AllowResultReturn: req.GetAllowResultReturn(), AllowResultArrayRef: req.GetAllowResultArrayRef(),
+		Final: req.GetFinal(), ExporterAttr: req.GetExporterAttr(), CacheImports: req.GetCacheImports(),
+		FrontendInputs: req.GetFrontendInputs(), Evaluate: req.GetEvaluate(), SourcePolicies: req.GetSourcePolicies(),
+	}
+}
+
+// runs tells whether a worker runs a platform natively: exactly this one, since
+// workers list every variant and hardware knows no "compatible".
+func runs(worker *fleet.Worker, p ocispecs.Platform) bool {
+	p = platforms.Normalize(p)
+	return slices.ContainsFunc(worker.Platforms, func(n ocispecs.Platform) bool {
+		return n.OS == p.OS && n.Architecture == p.Architecture && strings.EqualFold(n.Variant, p.Variant)
+	})
+}

@@ -1,0 +1,50 @@
+package dispatch
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Metrics are what an operator asks of builds: how many, where their legs ran,
+// how long they waited.
+type Metrics struct {
+	builds   *prometheus.CounterVec
+	duration prometheus.Histogram
+	running  prometheus.Gauge
+	attempts *prometheus.CounterVec
+	queue    *prometheus.HistogramVec
+}
+
+// NewMetrics registers the metrics of builds.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	m := &Metrics{
+		builds:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_builds_total", Help: "Builds that ended, by gRPC code."}, []string{"code"}),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "archfarm_build_duration_seconds", Help: "Time from a build's request to its answer.", Buckets: prometheus.ExponentialBuckets(0.1, 2, 16)}),
+		running:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "archfarm_builds_running", Help: "Builds that have begun and not ended."}),
+		attempts: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_leg_attempts_total", Help: "Attempts started, by platform and worker."}, []string{"platform", "worker"}),
+		queue:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "archfarm_leg_queue_seconds", Help: "Time that legs waited for a worker.", Buckets: prometheus.ExponentialBuckets(0.001, 4, 10)}, []string{"platform"}),
+	}
+	r.MustRegister(m.builds, m.duration, m.running, m.attempts, m.queue)
+	return m
+}
+
+// Begun counts a build as running until the function it returns is called with
+// the build's gRPC code.
+func (m *Metrics) Begun() func(code string) {
+	start := time.Now()
+	m.running.Inc()
+	return func(code string) {
+		m.running.Dec()
+		m.builds.WithLabelValues(code).Inc()
+		m.duration.Observe(time.Since(start).Seconds())
+	}
+}
+
+func (m *Metrics) attempt(platform, worker string) {
+	m.attempts.WithLabelValues(platform, worker).Inc()
+}
+
+func (m *Metrics) waited(platform string, d time.Duration) {
+	m.queue.WithLabelValues(platform).Observe(d.Seconds())
+}

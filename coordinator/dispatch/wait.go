@@ -1,0 +1,48 @@
+package dispatch
+
+import (
+	"fmt"
+
+	"github.com/archfarm/archfarm/coordinator/progress"
+	"github.com/archfarm/archfarm/coordinator/schedule"
+)
+
+// placing shows a leg's way to its worker as steps of the build: the wait, if
+// there is one, and where it ended.
+type placing struct {
+	leg   *leg
+	queue *progress.Step // nil as long as the leg has not waited
+}
+
+func (p *placing) step(name string) *progress.Step {
+	s := p.leg.build.Progress.Step(progress.StepName(p.leg.String(), name))
+	s.Start()
+	return s
+}
+
+// queued is called whenever the leg's place in the queue changes.
+func (p *placing) queued(at schedule.Position) {
+	if p.queue == nil {
+		p.queue = p.step("queued for a worker")
+	}
+	p.queue.Log(fmt.Sprintf("position %d in the queue: %s\n", at.Ahead+1, at.Reason))
+	p.leg.build.log.Info("leg queued", "platform", p.leg.String(), "position", at.Ahead+1, "reason", at.Reason)
+}
+
+// assigned tells which worker, and why that one.
+func (p *placing) assigned(a schedule.Assignment) {
+	if p.queue != nil {
+		p.queue.Done(nil)
+	}
+	p.step(fmt.Sprintf("assigned to worker %s (%s)", a.Worker, a.Why)).Done(nil)
+	p.leg.build.log.Info("leg assigned", "platform", p.leg.String(), "worker", a.Worker, "why", a.Why, "waited", a.Waited)
+	p.leg.build.farm.Metrics.waited(p.leg.String(), a.Waited)
+}
+
+// failed tells why no worker was found.
+func (p *placing) failed(err error) {
+	if p.queue == nil {
+		p.queue = p.step("choosing a worker")
+	}
+	p.queue.Done(err)
+}

@@ -1,0 +1,271 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/coordinator/build"
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+)
+
+// maxMessage is BuildKit's cap for one message of its API.
+const maxMessage = 16 << 20
+
+// Worker is one attached worker: a BuildKit daemon, reached through its agent.
+// It lives as long as its agent's stream; a worker that comes back is a new one.
+type Worker struct {
+	Name            string
+	Platforms       []ocispecs.Platform // native, normalised, best first
+	Version         string              // of the agent
+	BuildKitVersion string
+	Machine         string
+	Address         string // the agent's end of the stream
+	Since           time.Time
+
+	id            string
+	platformNames []string
+	fleet         *Fleet
+	outbox        chan *archfarmv1.AttachResponse
+	gone          chan struct{}
+	leaveOnce     sync.Once
+	report        *archfarmv1.Report // guarded by fleet.mu
+	reported      time.Time          // likewise
+
+	mu      sync.Mutex
+	asked   map[string]chan<- error // Opens not answered yet, by connection id
+	conns   map[*Conn]struct{}
+	control *Conn // shared, for calls that belong to no attempt
+}
+
+// ID is unique to this stay of the worker in the fleet.
+func (w *Worker) ID() string { return w.id }
+
+// Report returns the worker's slots and state as its agent last told. Only the
+// fleet's changed callback may call it: it runs under the fleet's lock.
+func (w *Worker) Report() *archfarmv1.Report { return w.report }
+
+// Reported is when that report arrived; for the same callers.
+func (w *Worker) Reported() time.Time { return w.reported }
+
+// Gone is closed when the worker's agent has left the fleet.
+func (w *Worker) Gone() <-chan struct{} { return w.gone }
+
+func (w *Worker) leave() { w.leaveOnce.Do(func() { close(w.gone) }) }
+
+// Dial opens a connection to the worker's BuildKit that takes no slot.
+func (w *Worker) Dial(ctx context.Context) (*Conn, error) { return w.dial(ctx, false) }
+
+// Take opens a connection to the worker's BuildKit that occupies one of its
+// slots until it is closed. ErrNoSlot: the agent has none left.
+func (w *Worker) Take(ctx context.Context) (*Conn, error) { return w.dial(ctx, true) }
+
+// Control returns a connection, shared by all callers, for short calls that
+// belong to no attempt. It is opened at first use and again when it broke.
+func (w *Worker) Control(ctx context.Context) (*Conn, error) {
+	w.mu.Lock()
+	conn := w.control
+	w.mu.Unlock()
+	if conn != nil && conn.Lost() == nil {
+		return conn, nil
+	}
+	fresh, err := w.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.control != nil && w.control.Lost() == nil { // somebody was quicker
+		_ = fresh.Close()
+		return w.control, nil
+	}
+	w.control = fresh
+	return fresh, nil
+}
+
+func (w *Worker) dial(ctx context.Context, takesSlot bool) (*Conn, error) {
+	raw, err := w.open(ctx, takesSlot)
+	if err != nil {
+		return nil, err
+	}
+	conn := &Conn{worker: w, raw: raw, down: make(chan struct{})}
+	handedOut := false
+	conn.ClientConn, err = grpc.NewClient("passthrough:///"+w.Name,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // the tunnel's security is its carrier's
+		grpc.WithIdleTimeout(0),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			if handedOut { // dialers are called one at a time
+				return nil, errors.New("the connection to the worker ended")
+			}
+			handedOut = true
+			return &watchedConn{Conn: raw, owner: conn}, nil
+		}))
+	if err != nil {
+		_ = raw.Close()
+		return nil, fmt.Errorf("connecting to BuildKit on worker %s: %w", w.Name, err)
+	}
+	conn.ClientConn.Connect()
+	w.mu.Lock()
+	if w.conns == nil {
+		w.conns = map[*Conn]struct{}{}
+	}
+	w.conns[conn] = struct{}{}
+	w.mu.Unlock()
+	return conn, nil
+}
+
+// open asks the agent for a connection and waits for it to come back.
+func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
+	id, back := w.fleet.expect()
+	defer w.fleet.forget(id, back)
+	refused := w.expectRefusal(id)
+	defer w.forgetRefusal(id)
+
+	ctx, cancel := context.WithTimeoutCause(ctx, openTimeout,
+		status.Errorf(codes.Unavailable, "worker %s opened no connection within %s", w.Name, openTimeout))
+	defer cancel()
+	request := &archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Open{
+		Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: takesSlot},
+	}}
+	select {
+	case w.outbox <- request:
+	case <-w.gone:
+		return nil, &build.LostError{Worker: w.Name, Cause: errors.New("its agent left")}
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	select {
+	case conn := <-back:
+		return conn, nil
+	case err := <-refused:
+		return nil, err
+	case <-w.gone:
+		return nil, &build.LostError{Worker: w.Name, Cause: errors.New("its agent left")}
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (w *Worker) expectRefusal(id string) <-chan error {
+	refused := make(chan error, 1)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.asked == nil {
+		w.asked = map[string]chan<- error{}
+	}
+	w.asked[id] = refused
+	return refused
+}
+
+func (w *Worker) forgetRefusal(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.asked, id)
+}
+
+func (w *Worker) refuse(r *archfarmv1.Refused) {
+	w.mu.Lock()
+	refused, ok := w.asked[r.GetConnectionId()]
+	delete(w.asked, r.GetConnectionId())
+	w.mu.Unlock()
+	if !ok {
+		return
+	}
+	switch r.GetCause() {
+	case archfarmv1.Refused_CAUSE_NO_SLOT, archfarmv1.Refused_CAUSE_DRAINING:
+		refused <- ErrNoSlot
+	default:
+		refused <- status.Errorf(codes.Unavailable, "worker %s: %s", w.Name, r.GetMessage())
+	}
+}
+
+// sever ends every connection to a worker that stopped answering: its own end
+// will not notice for hours.
+func (w *Worker) sever(cause error) {
+	w.mu.Lock()
+	conns := make([]*Conn, 0, len(w.conns))
+	for c := range w.conns {
+		conns = append(conns, c)
+	}
+	w.mu.Unlock()
+	for _, c := range conns {
+		c.fail(cause)
+		_ = c.raw.Close()
+	}
+}
+
+// Conn is a connection to one worker's BuildKit.
+type Conn struct {
+	*grpc.ClientConn
+	worker *Worker
+	raw    net.Conn
+
+	mu     sync.Mutex
+	closed bool
+	lost   error
+	down   chan struct{}
+}
+
+// Close ends the connection and thereby frees its slot.
+func (c *Conn) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.worker.mu.Lock()
+	delete(c.worker.conns, c)
+	c.worker.mu.Unlock()
+	err := c.ClientConn.Close()
+	if rawErr := c.raw.Close(); err == nil && !errors.Is(rawErr, net.ErrClosed) { // gRPC closes it only once it has used it
+		err = rawErr
+	}
+	return err
+}
+
+// Lost returns a *build.LostError when the connection ended otherwise than by
+// Close: the worker, its agent or its buildkitd is gone. It tells an
+// Unavailable of the connection from one that a step returned.
+func (c *Conn) Lost() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.lost == nil {
+		return nil
+	}
+	return &build.LostError{Worker: c.worker.Name, Cause: c.lost}
+}
+
+// Down is closed when the connection is lost.
+func (c *Conn) Down() <-chan struct{} { return c.down }
+
+func (c *Conn) fail(cause error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || c.lost != nil {
+		return
+	}
+	c.lost = cause
+	close(c.down)
+}
+
+// watchedConn notices the end of the connection where it happens, in a read.
+type watchedConn struct {
+	net.Conn
+	owner *Conn
+}
+
+func (c *watchedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil {
+		c.owner.fail(fmt.Errorf("its BuildKit connection ended: %w", err))
+	}
+	return n, err
+}

@@ -1,0 +1,266 @@
+package schedule
+
+import (
+	"cmp"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/platforms"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// NoWorkers is what Fleet says of an empty fleet.
+const NoWorkers = "no workers"
+
+// Choose picks a worker with a free slot for a demand: warm, the name of the worker
+// that last built this project, if it is one of them, else the least loaded one by the
+// share of its slots in use; among equals the one with most free slots, then by
+// rendezvous hashing of the demand's key, so that projects spread and stay. It reports
+// false when no eligible worker is free.
+func Choose(workers []Worker, d Demand, warm string) (Assignment, bool) {
+	var eligible []int
+	for i := range workers {
+		if workers[i].State == Ready && runs(&workers[i], d) {
+			eligible = append(eligible, i)
+		}
+	}
+	i := pick(workers, eligible, d.Key, warm)
+	if i < 0 {
+		return Assignment{}, false
+	}
+	return assign(workers[i], warm), true
+}
+
+// assign describes the choice of w.
+func assign(w Worker, warm string) Assignment {
+	if w.Name == warm {
+		return Assignment{Worker: w.Name, Warm: true, Why: "warm: last built this project"}
+	}
+	return Assignment{
+		Worker: w.Name,
+		Why:    "least loaded: " + strconv.Itoa(w.Used) + " of " + strconv.Itoa(w.Slots) + " slots used",
+	}
+}
+
+// pick returns the best free one of the eligible workers, or -1.
+func pick(workers []Worker, eligible []int, key, warm string) int {
+	best := -1
+	var bestHash uint64 // 0: not computed yet; only ties need it
+	for _, i := range eligible {
+		w := &workers[i]
+		if w.free() <= 0 {
+			continue
+		}
+		if warm != "" && w.Name == warm {
+			return i
+		}
+		if best < 0 {
+			best = i
+			continue
+		}
+		b := &workers[best]
+		order := lighter(w, b)
+		if order == 0 {
+			if bestHash == 0 {
+				bestHash = rendezvous(key, b.Name)
+			}
+			hash := rendezvous(key, w.Name)
+			order = cmp.Or(cmp.Compare(bestHash, hash), cmp.Compare(w.Name, b.Name))
+			if order < 0 {
+				best, bestHash = i, hash
+			}
+			continue
+		}
+		if order < 0 {
+			best, bestHash = i, 0
+		}
+	}
+	return best
+}
+
+// lighter orders workers by load, the least loaded first.
+func lighter(a, b *Worker) int {
+	// a.Used/a.Slots against b.Used/b.Slots, without rounding.
+	share := cmp.Compare(int64(a.Used)*int64(b.Slots), int64(b.Used)*int64(a.Slots))
+	return cmp.Or(share, cmp.Compare(b.free(), a.free()))
+}
+
+// free is the number of free slots; none where more are used than there are.
+func (w *Worker) free() int { return max(w.Slots-w.Used, 0) }
+
+// rendezvous is the weight of a worker for a key: FNV-1a, then murmur3's finaliser,
+// because FNV alone hardly mixes the last characters, in which names of workers differ.
+// It is the same in every coordinator and after every restart.
+func rendezvous(key, worker string) uint64 {
+	f := fnv.New64a()
+	_, _ = io.WriteString(f, key)
+	_, _ = f.Write([]byte{0})
+	_, _ = io.WriteString(f, worker)
+	h := f.Sum64()
+	h ^= h >> 33
+	h *= 0xff51afd7ed558ccd
+	h ^= h >> 33
+	h *= 0xc4ceb9fe1a85ec53
+	h ^= h >> 33
+	return max(h, 1)
+}
+
+// same reports whether two normalised platforms are one to the hardware.
+func same(a, b ocispecs.Platform) bool {
+	return a.Architecture == b.Architecture && a.OS == b.OS && a.Variant == b.Variant
+}
+
+// runs reports whether a worker, whatever its state, may run what is demanded.
+func runs(w *Worker, d Demand) bool {
+	if d.Anywhere {
+		return true
+	}
+	for i := range w.Platforms {
+		p := &w.Platforms[i]
+		if p.Architecture == d.Platform.Architecture && p.OS == d.Platform.OS && p.Variant == d.Platform.Variant {
+			return true
+		}
+	}
+	return false
+}
+
+// served reports whether a worker that is not on its way out may run what is demanded.
+func served(workers []Worker, d Demand) bool {
+	for i := range workers {
+		if workers[i].State != Draining && runs(&workers[i], d) {
+			return true
+		}
+	}
+	return false
+}
+
+// Explain counts the workers that run what is demanded, by what they are doing:
+// "2 draining, 1 full". It is empty when there are none.
+func Explain(workers []Worker, d Demand) string {
+	return explain(workers, d, nil)
+}
+
+// explain is Explain for a leg that must not run on the excluded workers.
+func explain(workers []Worker, d Demand, excluded []string) string {
+	const (
+		full = iota
+		draining
+		unavailable
+		slotless
+		barred
+		idle
+		kinds
+	)
+	names := [kinds]string{"full", "draining", "unavailable", "without slots", "excluded after an earlier attempt", "free"}
+	var counts [kinds]int
+	var reasons []string
+	for i := range workers {
+		w := &workers[i]
+		switch {
+		case !runs(w, d):
+		case slices.Contains(excluded, w.Name):
+			counts[barred]++
+		case w.State == Draining:
+			counts[draining]++
+		case w.State != Ready:
+			counts[unavailable]++
+			reasons = append(reasons, w.Reason)
+		case w.Slots == 0:
+			counts[slotless]++
+		case w.free() == 0:
+			counts[full]++
+		default:
+			counts[idle]++
+		}
+	}
+	if r := commonReason(reasons); r != "" {
+		names[unavailable] += " (" + r + ")"
+	}
+	order := []int{full, draining, unavailable, slotless, barred, idle}
+	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(counts[b], counts[a]) })
+	var parts []string
+	for _, k := range order {
+		if counts[k] > 0 {
+			parts = append(parts, strconv.Itoa(counts[k])+" "+names[k])
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+// commonReason is the reason that all of them give, made fit for one line: it comes
+// from a machine that may be sick.
+func commonReason(reasons []string) string {
+	const longest = 80 // characters
+	if len(reasons) == 0 {
+		return ""
+	}
+	for _, r := range reasons[1:] {
+		if r != reasons[0] {
+			return ""
+		}
+	}
+	line := []rune(strings.Join(strings.Fields(strings.ToValidUTF8(reasons[0], "")), " "))
+	line = slices.DeleteFunc(line, func(r rune) bool { return r < ' ' || r == 0x7f })
+	if len(line) > longest {
+		line = append(line[:longest-1], '…')
+	}
+	return string(line)
+}
+
+// Fleet lists what a fleet runs, for people: "linux/amd64 (3), linux/arm64 (5)". A
+// worker counts under each of its platforms, without those that its others imply:
+// variants whose base it has, and linux/386 beside linux/amd64.
+func Fleet(workers []Worker) string {
+	counts := map[string]int{}
+	for i := range workers {
+		for _, name := range basePlatforms(workers[i].Platforms) {
+			counts[name]++
+		}
+	}
+	if len(workers) == 0 {
+		return NoWorkers
+	}
+	if len(counts) == 0 {
+		return "workers without any platform (" + strconv.Itoa(len(workers)) + ")"
+	}
+	names := make([]string, 0, len(counts))
+	for name := range counts {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for i, name := range names {
+		names[i] = fmt.Sprintf("%s (%d)", name, counts[name])
+	}
+	return strings.Join(names, ", ")
+}
+
+// basePlatforms formats the platforms that say what a machine is, each once.
+func basePlatforms(all []ocispecs.Platform) []string {
+	has := func(os, arch, variant string) bool {
+		return slices.ContainsFunc(all, func(p ocispecs.Platform) bool {
+			return p.OS == os && p.Architecture == arch && p.Variant == variant
+		})
+	}
+	var names []string
+	for _, p := range all {
+		implied := p.Variant != "" && has(p.OS, p.Architecture, "") ||
+			p.Architecture == "386" && has(p.OS, "amd64", "")
+		name := platforms.Format(ocispecs.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant})
+		if !implied && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// Primary is the platform that a worker is known by: its best.
+func Primary(w Worker) string {
+	if len(w.Platforms) == 0 {
+		return ""
+	}
+	return platforms.FormatAll(w.Platforms[0])
+}

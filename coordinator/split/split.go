@@ -1,0 +1,192 @@
+// Package split turns one build request into the requests of its legs, and the
+// legs' results into one result. It is pure: BuildKit's messages in, messages out.
+package split
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/platforms"
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/solver/pb"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Attributes of the Dockerfile frontend (frontend/dockerui/config.go) that
+// decide how a request is split.
+const (
+	optPlatform      = "platform"
+	optMultiPlatform = "multi-platform"
+	optRequestID     = "requestid"
+)
+
+// maxPlatforms bounds the legs of one build.
+const maxPlatforms = 64
+
+// Leg is one platform's share of a build.
+type Leg struct {
+	// Platform is normalised; the zero value stands for "whatever the worker's
+	// default is", when the client named none.
+	Platform ocispecs.Platform
+}
+
+// String is the platform in containerd's notation, which is also the key of the
+// leg's part of a result.
+func (l Leg) String() string {
+	if l.Unnamed() {
+		return "default platform"
+	}
+	return platforms.FormatAll(l.Platform)
+}
+
+// Unnamed tells whether the client left the platform to the builder.
+func (l Leg) Unnamed() bool { return l.Platform.OS == "" && l.Platform.Architecture == "" }
+
+// Legs returns the legs that a frontend request asks for, in the order asked,
+// each platform once. A request without platforms, and one that only asks the
+// frontend about the build (requestid: outline, targets, lint), is one leg.
+// Errors are InvalidArgument.
+func Legs(opt map[string]string) ([]Leg, error) {
+	names := strings.Split(opt[optPlatform], ",")
+	if opt[optPlatform] == "" {
+		return []Leg{{}}, nil
+	}
+	if len(names) > maxPlatforms {
+		return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: %d platforms, at most %d are possible", len(names), maxPlatforms)
+	}
+	var legs []Leg
+	for _, name := range names {
+		p, err := platforms.Parse(strings.TrimSpace(name))
+		if err != nil {
+			return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: malformed platform %q (want os/arch or os/arch/variant, such as linux/arm64): %v", name, err)
+		}
+		leg := Leg{Platform: platforms.Normalize(p)}
+		if !slices.ContainsFunc(legs, func(l Leg) bool { return l.String() == leg.String() }) {
+			legs = append(legs, leg)
+		}
+	}
+	if v, ok := opt[optMultiPlatform]; ok && len(legs) > 1 {
+		if multi, err := strconv.ParseBool(v); err != nil || !multi {
+			return nil, status.Errorf(codes.InvalidArgument, "conflicting options: %d platforms with multi-platform=%q", len(legs), v)
+		}
+	}
+	if opt[optRequestID] != "" {
+		return legs[:1], nil
+	}
+	return legs, nil
+}
+
+// FrontendOpt returns the frontend's options for one leg of several.
+// Multi-platform is not set: it would show in the leg's provenance.
+func (l Leg) FrontendOpt(opt map[string]string) map[string]string {
+	out := maps.Clone(opt)
+	out[optPlatform] = l.String()
+	delete(out, optMultiPlatform)
+	return out
+}
+
+// Exec is a step that executes something.
+type Exec struct {
+	// Name is the step as its Dockerfile line shows it, such as "[3/4] RUN make".
+	Name string
+	// Platform is what the step executes on; nil stands for the worker's own.
+	Platform *ocispecs.Platform
+}
+
+// Execs lists the steps of a definition that execute something, before any has run.
+func Execs(def *pb.Definition) ([]Exec, error) {
+	var execs []Exec
+	for i, raw := range def.GetDef() {
+		var op pb.Op
+		if err := op.UnmarshalVT(raw); err != nil {
+			return nil, status.Errorf(codes.InvalidArgument, "reading step %d of the build's definition: %v", i, err)
+		}
+		if op.GetExec() == nil {
+			continue
+		}
+		execs = append(execs, Exec{Name: stepName(def, raw, op.GetExec()), Platform: platformOf(op.GetPlatform())})
+	}
+	return execs, nil
+}
+
+func platformOf(p *pb.Platform) *ocispecs.Platform {
+	if p == nil || p.GetOS() == "" {
+		return nil
+	}
+	spec := platforms.Normalize(ocispecs.Platform{OS: p.GetOS(), Architecture: p.GetArchitecture(), Variant: p.GetVariant(), OSVersion: p.GetOSVersion(), OSFeatures: p.GetOSFeatures()})
+	return &spec
+}
+
+func stepName(def *pb.Definition, raw []byte, exec *pb.ExecOp) string {
+	if name := def.GetMetadata()[digestOf(raw)].GetDescription()["llb.customname"]; name != "" {
+		return name
+	}
+	return strings.Join(exec.GetMeta().GetArgs(), " ")
+}
+
+// DefinitionLeg is the leg of a build that comes as a bare definition: the
+// platform that its steps execute on, or that of its first step.
+func DefinitionLeg(def *pb.Definition) (Leg, error) {
+	execs, err := Execs(def)
+	if err != nil {
+		return Leg{}, err
+	}
+	for _, e := range execs {
+		if e.Platform != nil {
+			return Leg{Platform: *e.Platform}, nil
+		}
+	}
+	for _, raw := range def.GetDef() {
+		var op pb.Op
+		if err := op.UnmarshalVT(raw); err != nil {
+			return Leg{}, fmt.Errorf("reading the build's definition: %w", err)
+		}
+		if p := platformOf(op.GetPlatform()); p != nil {
+			return Leg{Platform: *p}, nil
+		}
+	}
+	return Leg{}, nil
+}
+
+// Solve returns the request that starts one leg on a worker. The leg's frontend
+// calls follow separately, as the client's do.
+func (l Leg) Solve(req *controlapi.SolveRequest, ref string, exporters []*controlapi.Exporter) *controlapi.SolveRequest {
+	return &controlapi.SolveRequest{
+		Ref:                   ref,
+		Session:               req.GetSession(),
+		FrontendAttrs:         l.attrs(req.GetFrontendAttrs()),
+		Cache:                 req.GetCache(),
+		Entitlements:          req.GetEntitlements(),
+		FrontendInputs:        req.GetFrontendInputs(),
+		Internal:              req.GetInternal(),
+		SourcePolicy:          req.GetSourcePolicy(),
+		Exporters:             exporters,
+		EnableSessionExporter: req.GetEnableSessionExporter(),
+		SourcePolicySession:   req.GetSourcePolicySession(),
+		CompatibilityVersion:  req.GetCompatibilityVersion(),
+		ProxyNetwork:          req.GetProxyNetwork(),
+	}
+}
+
+// attrs narrows the platform attribute: the exporter's verifier compares it
+// with what the leg returns.
+func (l Leg) attrs(attrs map[string]string) map[string]string {
+	if l.Unnamed() || attrs[optPlatform] == "" {
+		return attrs
+	}
+	return l.FrontendOpt(attrs)
+}
+
+// PlatformLeg is the leg of a platform as BuildKit's messages have it; nil for none.
+func PlatformLeg(p *pb.Platform) *Leg {
+	spec := platformOf(p)
+	if spec == nil {
+		return nil
+	}
+	return &Leg{Platform: *spec}
+}

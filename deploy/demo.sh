@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# `make demo`: a whole farm on this machine, and one build on it. A registry, a coordinator, an amd64
+# worker, and an arm64 worker in a machine of its own; stock docker buildx builds examples/hello for
+# both through the one endpoint. Checks what was built, cleans up, and fails loudly.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+repo=$PWD
+tools=$repo/bin/tools
+archfarm=$repo/bin/archfarm
+
+[ "$(id -u)" = 0 ] || { echo "demo: needs root, which buildkitd needs to run build steps" >&2; exit 1; }
+[ "$(uname -m)" = x86_64 ] || { echo "demo: the host plays the amd64 machine, so it has to be one; this is $(uname -m)" >&2; exit 1; }
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/archfarm-demo.XXXXXX")
+logs=$work/logs
+mkdir "$logs"
+export ARM64VM_NAME=arm64-vm ARM64VM_RUN=$work/vm
+pids=() # newest first
+passed=
+
+cleanup() {
+	local pid mount
+	trap - EXIT
+	trap '' INT TERM # once is enough
+	"$repo/deploy/arm64vm/vm.sh" stop >>"$logs/arm64-vm.log" 2>&1 || true
+	for pid in "${pids[@]}"; do
+		kill -TERM "$pid" 2>/dev/null || true
+		for _ in $(seq 100); do
+			kill -0 "$pid" 2>/dev/null || break
+			sleep 0.1
+		done
+		kill -KILL "$pid" 2>/dev/null || true
+	done
+	# A buildkitd that was killed leaves its mounts.
+	while read -r mount; do umount -l "$mount" || true; done < <(awk -v under="$work/" 'index($5, under) == 1 {print $5}' /proc/self/mountinfo | sort -r)
+	rm -f "$repo"/examples/hello/busybox-{amd64,arm64}
+	if [ -n "$passed" ]; then
+		rm -rf "$work"
+		return
+	fi
+	find "$work" -mindepth 1 -maxdepth 1 ! -path "$logs" -exec rm -rf {} +
+	echo >&2
+	echo "demo: FAILED. The last lines of each log:" >&2
+	for log in "$logs"/*; do
+		echo "--- $log" >&2
+		tail -n 15 "$log" >&2
+	done
+	exit 1
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+heading() { printf '\n== %s\n' "$*"; }
+fail() {
+	echo "demo: $*" >&2
+	exit 1
+}
+spawn() { # LOG COMMAND…: in the background
+	local log=$logs/$1.log
+	shift
+	"$@" >"$log" 2>&1 </dev/null &
+	pids=($! "${pids[@]}")
+}
+await() { # SECONDS WHAT COMMAND…: until the command succeeds
+	local limit=$((SECONDS + $1)) what=$2 pid
+	shift 2
+	until "$@" >/dev/null 2>&1; do
+		for pid in "${pids[@]}"; do
+			kill -0 "$pid" 2>/dev/null || fail "a process ended while the demo waited for $what"
+		done
+		[ $SECONDS -lt $limit ] || fail "$what did not come up in time"
+		sleep 0.1
+	done
+}
+listening() { : <"/dev/tcp/127.0.0.1/$1"; }
+taken=" "
+free_port() { # sets $port to one that nobody listens on and that this function has not given before
+	while :; do
+		port=$((20000 + RANDOM % 10000))
+		[[ $taken != *" $port "* ]] || continue
+		(listening "$port") 2>/dev/null || break
+	done
+	taken+="$port "
+}
+free_port && registry=localhost:$port registry_port=$port
+free_port && farm=$port
+free_port && http=$port
+free_port && gossip=$port
+
+heading "Starting a registry, a coordinator, an amd64 worker and an arm64 machine"
+cat >"$work/registry.yml" <<END
+version: 0.1
+log: {level: warn}
+storage: {filesystem: {rootdirectory: "$work/registry"}}
+http: {addr: "127.0.0.1:$registry_port"}
+END
+OTEL_TRACES_EXPORTER=none spawn registry "$tools/registry" serve "$work/registry.yml"
+spawn coordinator "$archfarm" coordinator --listen "127.0.0.1:$farm" --http "127.0.0.1:$http" \
+	--gossip "127.0.0.1:$gossip" --data-dir "$work/coordinator"
+spawn amd64-buildkitd "$tools/buildkitd" --root "$work/buildkit" --addr "unix://$work/buildkitd.sock" \
+	--config /dev/null --oci-worker-net=host --cdi-disabled
+await 30 "the registry" listening "$registry_port"
+await 30 "the coordinator" listening "$farm"
+await 60 "buildkitd" test -S "$work/buildkitd.sock"
+spawn amd64-worker "$archfarm" worker --name amd64-host --join "127.0.0.1:$gossip" --gossip 127.0.0.1:0 \
+	--buildkit "unix://$work/buildkitd.sock" --slots 2
+ARM64VM_COORDINATOR=10.0.2.2:$farm deploy/arm64vm/vm.sh start 2>&1 | tee "$logs/arm64-vm.log"
+
+workers() { "$archfarm" workers --farm "tcp://127.0.0.1:$farm" "$@"; }
+both_ready() { [ "$(workers --output json | tr -d ' \n\t' | grep -o '"state":"ready"' | wc -l)" = 2 ]; }
+await 60 "both workers" both_ready
+workers
+
+heading "Building examples/hello for linux/amd64 and linux/arm64, through one endpoint"
+if docker buildx version >/dev/null 2>&1; then
+	buildx=(docker buildx)
+else
+	buildx=("$tools/buildx")
+	echo "(no docker buildx on this machine: using the one that make tools built)"
+fi
+export BUILDX_CONFIG=$work/buildx # the user's own builders stay as they are
+cp "$(command -v busybox)" examples/hello/busybox-amd64
+cp "$(deploy/arm64vm/image.sh)/busybox" examples/hello/busybox-arm64
+image=$registry/hello:latest
+show() { echo "\$ docker ${*/#*\/buildx/buildx}"; }
+show buildx create --name farm --driver remote "tcp://127.0.0.1:$farm"
+"${buildx[@]}" create --name farm --driver remote "tcp://127.0.0.1:$farm" >/dev/null
+# shellcheck disable=SC2054 # the comma separates platforms
+command=(build --builder farm --platform linux/amd64,linux/arm64 --tag "$image" --push
+	--progress plain --metadata-file "$work/metadata.json" examples/hello)
+show buildx "${command[@]}"
+"${buildx[@]}" "${command[@]}" 2>&1 | tee "$logs/build.log"
+
+heading "The index in the registry"
+"${buildx[@]}" imagetools inspect "$image"
+digest=$(sed -n 's/.*"containerimage.digest": *"\(sha256:[0-9a-f]*\)".*/\1/p' "$work/metadata.json" | head -n 1)
+[ -n "$digest" ] || fail "--metadata-file holds no containerimage.digest"
+inspected=$("${buildx[@]}" imagetools inspect "$image" | sed -n 's/^Digest: *//p')
+[ "$digest" = "$inspected" ] || fail "--metadata-file says $digest, the registry $inspected"
+
+heading "Where each leg ran"
+grep -oE '\[linux/[a-z0-9/]+\] assigned to worker .*' "$logs/build.log" | sort -u || fail "the build's progress does not tell"
+
+heading "What uname said in each leg's RUN step (read from the layers in the registry)"
+go run ./deploy/imagefile "$registry/hello@$digest" /uname >"$work/unames"
+cat "$work/unames"
+printf 'this host\t%s\n' "$(uname -m) $(uname -r)"
+said() { sed -n "s,^linux/$1	,,p" "$work/unames"; }
+[ "$(said amd64)" = "x86_64 $(uname -r)" ] || fail "linux/amd64 was not built natively on this host"
+read -r machine kernel <<<"$(said arm64)"
+[ "$machine" = aarch64 ] || fail "linux/arm64 was built on '$machine'"
+[ "$kernel" != "$(uname -r)" ] || fail "linux/arm64 ran on this host's kernel, so it was emulated"
+[ "$kernel" = "$(deploy/arm64vm/vm.sh run uname -r)" ] || fail "linux/arm64 ran on a kernel $kernel that is not the arm64 machine's"
+
+passed=yes
+echo
+echo "One endpoint, two native machines, one index. Nothing was emulated by the farm; cleaning up."

@@ -1,0 +1,252 @@
+package e2e_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	control "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"github.com/tonistiigi/fsutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/e2e/farmtest"
+)
+
+const (
+	buildLimit = 2 * time.Minute
+	// startLimit is how long something may take to start on a busy machine.
+	startLimit = 30 * time.Second
+)
+
+func sha256Hex(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return hex.EncodeToString(sum[:])
+}
+
+// solve runs one build of dir through BuildKit's Go client, which unlike buildx shows the error's gRPC code.
+func solve(t *testing.T, addr, dir, platform string) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
+	defer cancel()
+	c, err := client.New(ctx, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	local, err := fsutil.NewFS(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.Solve(ctx, nil, client.SolveOpt{
+		Frontend:      "dockerfile.v0",
+		FrontendAttrs: map[string]string{"platform": platform},
+		LocalMounts:   map[string]fsutil.FS{"context": local, "dockerfile": local},
+	}, nil)
+	return err
+}
+
+// wantCode checks an error's gRPC code; a plain buildkitd says Unknown to most, so only a farm's are checked.
+func wantCode(t *testing.T, err error, want codes.Code) {
+	t.Helper()
+	if err == nil {
+		t.Error("the build succeeded")
+		return
+	}
+	if got := grpcerrors.Code(err); !direct() && got != want {
+		t.Errorf("gRPC code %s, want %s: %v", got, want, err)
+	}
+}
+
+func TestErrors_ExecForAPlatformThatNobodyRunsNatively(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	r := newRig(t)
+	dir := r.context(t, map[string]string{
+		"Dockerfile": "FROM scratch\nCOPY busybox /bin/busybox\nCOPY app /app\n" + farmtest.Run("make all") + "\n", "app": "app",
+	})
+	message := regexp.MustCompile(`no native worker for linux/s390x, needed by "\[[^"\]]*3/3\] RUN [^\n]*make all.*": ` +
+		`the farm has [^\n]*linux/amd64 \(1\)[^\n]*linux/arm64 \(1\)`)
+	for _, platforms := range []string{"linux/s390x", "linux/amd64,linux/s390x"} {
+		result := r.Client.TryBuild(t, "--platform", platforms, "--push", "-t", r.ref("v1"), dir)
+		wantFailure(t, result, "linux/s390x")
+		if !message.MatchString(result.Output) {
+			t.Errorf("%s: the output does not match %s:\n%s", platforms, message, result.Output)
+		}
+		r.wantNoTags(t)
+		wantCode(t, solve(t, r.Addr, dir, platforms), codes.FailedPrecondition)
+	}
+}
+
+func TestErrors_MalformedPlatform(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := r.legsContext(t)
+	for _, platform := range []string{"linux/amd64,li nux/arm64", "linux/amd64/v1/extra", "linux/amd64,/", "linux/../arm64"} {
+		result := farmtest.Buildctl(t, r.tools, r.Addr, "build", "--progress=plain", "--frontend", "dockerfile.v0",
+			"--local", "context="+dir, "--local", "dockerfile="+dir, "--opt", "platform="+platform,
+			"--output", "type=image,name="+r.ref("v1")+",push=true")
+		wantFailure(t, result, "invalid")
+		r.wantNoTags(t)
+		wantCode(t, solve(t, r.Addr, dir, platform), codes.InvalidArgument)
+	}
+}
+
+func TestErrors_ArchivesOfSeveralPlatformsAreRefused(t *testing.T) {
+	t.Parallel()
+	farmOnly(t) // BuildKit can; this version of the farm says that it cannot, rather than write one platform
+	r := newRig(t)
+	dir := r.legsContext(t)
+	for _, exporter := range []string{"oci", "tar", "docker"} {
+		file := filepath.Join(farmtest.Folder(t), exporter)
+		result := r.Client.TryBuild(t, "--platform", both, "--output", "type="+exporter+",dest="+file, dir)
+		if exporter == "docker" { // BuildKit itself has no multi-platform docker archive without OCI types
+			wantFailure(t, result)
+			continue
+		}
+		wantFailure(t, result, exporter, "platform")
+		if info, err := os.Stat(file); err == nil && info.Size() > 0 {
+			t.Errorf("%s: the refused build wrote %d bytes", exporter, info.Size())
+		}
+	}
+}
+
+func TestErrors_DockerfileErrorShowsItsSourceLines(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for name, test := range map[string]struct {
+		dockerfile string
+		want       []string
+	}{
+		"syntax": {
+			"FROM scratch\nCOPY app /app\nCOOPY app /app2\nLABEL a=b\n",
+			[]string{"Dockerfile:3", "3 | >>> COOPY app /app2", "unknown instruction: COOPY"},
+		},
+		"missing file": {
+			"FROM scratch\nCOPY app /app\n\nCOPY does-not-exist /x\n",
+			[]string{"Dockerfile:4", "4 | >>> COPY does-not-exist /x", `"/does-not-exist": not found`},
+		},
+		"failing step": {
+			"FROM scratch AS leg-amd64\nCOPY busybox /bin/busybox\n" + farmtest.Run("echo the step says this; exit 42") +
+				"\nFROM scratch AS leg-arm64\nCOPY app /app\nFROM leg-${TARGETARCH}\n",
+			[]string{"Dockerfile:3", "3 | >>> RUN ", "the step says this", "exit code: 42"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := r
+			r.repo = newRepo(t)
+			dir := r.context(t, map[string]string{"Dockerfile": test.dockerfile, "app": "app"})
+			result := r.Client.TryBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), dir)
+			wantFailure(t, result, test.want...)
+			r.wantNoTags(t)
+		})
+	}
+}
+
+func TestErrors_AFailingLegCancelsItsSiblings(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	gate := farmtest.NewGate(t)
+	failGate := farmtest.NewGate(t) // the arm64 leg can fail only once the amd64 leg runs
+	dockerfile := "FROM scratch AS base\nCOPY busybox /bin/busybox\nFROM base AS leg-amd64\n" + gate.Run() +
+		"\nFROM scratch AS held\nADD " + failGate.URL + "/file /file\n" +
+		"FROM base AS leg-arm64\nCOPY --from=held /does-not-exist /\nFROM leg-${TARGETARCH}\n"
+	dir := r.context(t, map[string]string{"Dockerfile": dockerfile})
+	build := r.Client.StartBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), dir)
+	gate.WaitArrival(t, build, startLimit)
+	failGate.Open()
+	if code := build.Wait(t, startLimit); code == 0 {
+		t.Fatalf("the build succeeded:\n%s", build.Output())
+	}
+	gate.WaitKilled(t, 10*time.Second)
+	if !strings.Contains(build.Output(), `"/does-not-exist": not found`) {
+		t.Errorf("the output does not say why the build failed:\n%s", build.Output())
+	}
+	r.wantNoTags(t)
+}
+
+func TestErrors_AFailingLegKeepsTheFinishedOneUnpublished(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	gate := farmtest.NewGate(t)
+	dockerfile := "FROM scratch AS base\nCOPY busybox /bin/busybox\nFROM base AS leg-amd64\n" + gate.Run() + "\n" +
+		farmtest.Run("exit 7") + "\nFROM base AS leg-arm64\nFROM leg-${TARGETARCH}\n"
+	dir := r.context(t, map[string]string{"Dockerfile": dockerfile})
+	build := r.Client.StartBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), "-t", r.ref("v2"), dir)
+	gate.WaitArrival(t, build, startLimit)
+	gate.Open()
+	if code := build.Wait(t, startLimit); code == 0 || !strings.Contains(build.Output(), "exit code: 7") {
+		t.Fatalf("exit code %d:\n%s", code, build.Output())
+	}
+	r.wantNoTags(t)
+}
+
+func TestErrors_RegistryRefusesTheTag(t *testing.T) {
+	t.Parallel()
+	for name, status := range map[string]int{"401": http.StatusUnauthorized, "403": http.StatusForbidden, "500": http.StatusInternalServerError} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			refused := make(chan string, 100)
+			r.registry = farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{Fault: func(request *http.Request) int {
+				if !farmtest.PutsTag(request) {
+					return 0
+				}
+				refused <- request.URL.Path
+				return status
+			}})
+			result := r.Client.TryBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), r.legsContext(t))
+			wantFailure(t, result, name, r.registry.Host)
+			if len(refused) == 0 {
+				t.Errorf("nothing tried to write the tag:\n%s", result.Output)
+			}
+			r.wantNoTags(t)
+		})
+	}
+}
+
+func TestErrors_RegistryRefusesTheLegs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.registry = farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{Fault: func(request *http.Request) int {
+		if request.Method == http.MethodPost && strings.Contains(request.URL.Path, "/blobs/uploads") {
+			return http.StatusForbidden
+		}
+		return 0
+	}})
+	result := r.Client.TryBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), r.legsContext(t))
+	wantFailure(t, result, farmtest.FaultMessage, r.registry.Host)
+	r.wantNoTags(t)
+}
+
+func TestErrors_MessageOverTheCap(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	network, addr, _ := strings.Cut(r.Addr, "://")
+	if network == "unix" {
+		addr = "unix://" + addr
+	}
+	conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallSendMsgSize(64<<20)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	request := &control.SolveRequest{Ref: nonce(t), Session: nonce(t), FrontendAttrs: map[string]string{"build-arg:X": strings.Repeat("x", 17<<20)}}
+	_, err = control.NewControlClient(conn).Solve(t.Context(), request)
+	if got := status.Code(err); got != codes.ResourceExhausted {
+		t.Errorf("gRPC code %s, want %s: %v", got, codes.ResourceExhausted, err)
+	}
+}

@@ -1,0 +1,190 @@
+package gossip_test
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/archfarm/archfarm/gossip"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const patience = 20 * time.Second
+
+func start(t *testing.T, cfg gossip.Config) *gossip.Node {
+	t.Helper()
+	if cfg.Bind == "" {
+		cfg.Bind = "127.0.0.1:0"
+	}
+	n, err := gossip.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop(t, n) })
+	return n
+}
+
+func stop(t *testing.T, n *gossip.Node) {
+	t.Helper()
+	// The test's own context has ended when cleanups run.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
+	defer cancel()
+	if err := n.Close(ctx); err != nil {
+		t.Errorf("closing: %v", err)
+	}
+}
+
+func coordinator(name, grpc string, seeds ...string) gossip.Config {
+	return gossip.Config{Name: name, Role: gossip.Coordinator, GRPC: grpc, Join: seeds, RejoinInterval: 200 * time.Millisecond}
+}
+
+func worker(name string, seeds ...string) gossip.Config {
+	return gossip.Config{Name: name, Role: gossip.Worker, Join: seeds, RejoinInterval: 200 * time.Millisecond}
+}
+
+// wantCoordinators waits for n to know exactly these.
+func wantCoordinators(t *testing.T, n *gossip.Node, want ...string) {
+	t.Helper()
+	late := time.After(patience)
+	for {
+		got := n.Coordinators()
+		if slices.Equal(got, want) {
+			return
+		}
+		select {
+		case <-n.Changed():
+		case <-late:
+			t.Fatalf("coordinators %q, want %q", got, want)
+		}
+	}
+}
+
+func TestNode_WorkersLearnOfCoordinatorsThatTheyWereNotTold(t *testing.T) {
+	t.Parallel()
+	first := start(t, coordinator("one", "192.0.2.1:8372"))
+	start(t, coordinator("two", "farm.example.com:8372", first.Addr()))
+	w1 := start(t, worker("one", first.Addr())) // the same name, another role
+	w2 := start(t, worker("two", w1.Addr()))    // by way of a worker
+	for _, n := range []*gossip.Node{w1, w2, first} {
+		wantCoordinators(t, n, "192.0.2.1:8372", "farm.example.com:8372")
+	}
+}
+
+func TestNode_ACoordinatorThatLeavesIsForgotten(t *testing.T) {
+	t.Parallel()
+	c := start(t, coordinator("c", "192.0.2.1:8372"))
+	w := start(t, worker("w", c.Addr()))
+	wantCoordinators(t, w, "192.0.2.1:8372")
+	stop(t, c)
+	wantCoordinators(t, w)
+}
+
+func TestNode_AnUnspecifiedHostIsThatOfTheMember(t *testing.T) {
+	t.Parallel()
+	for _, grpc := range []string{"0.0.0.0:8372", "[::]:8372", ":8372"} {
+		c := start(t, coordinator("c", grpc))
+		w := start(t, worker("w", c.Addr()))
+		wantCoordinators(t, w, "127.0.0.1:8372")
+	}
+}
+
+func TestNode_ASeedThatComesLaterIsJoined(t *testing.T) {
+	t.Parallel()
+	// A port that is free now, and refuses until the coordinator takes it.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed := l.Addr().String()
+	l.Close()
+	w := start(t, worker("w", seed))
+	if got := w.Coordinators(); len(got) != 0 {
+		t.Fatalf("coordinators %q before any is there", got)
+	}
+	cfg := coordinator("c", "192.0.2.1:8372")
+	cfg.Bind = seed
+	c := start(t, cfg)
+	wantCoordinators(t, w, "192.0.2.1:8372")
+
+	// And again after it was away: the seeds are looked after for ever.
+	stop(t, c)
+	wantCoordinators(t, w)
+	cfg.GRPC = "192.0.2.2:8372"
+	start(t, cfg)
+	wantCoordinators(t, w, "192.0.2.2:8372")
+}
+
+func TestNode_ANameMovesToAnotherPortAfterARestart(t *testing.T) {
+	t.Parallel()
+	w := start(t, worker("w"))
+	c := start(t, coordinator("c", "192.0.2.1:8372", w.Addr()))
+	wantCoordinators(t, w, "192.0.2.1:8372")
+	stop(t, c)
+	start(t, coordinator("c", "192.0.2.2:8372", w.Addr()))
+	wantCoordinators(t, w, "192.0.2.2:8372")
+}
+
+func TestNode_AnotherKeyIsAnotherFarm(t *testing.T) {
+	t.Parallel()
+	key, other := bytes.Repeat([]byte{1}, 32), bytes.Repeat([]byte{2}, 32)
+	var log lockedLog
+	cfg := coordinator("c", "192.0.2.1:8372")
+	cfg.Key, cfg.Logger = key, slog.New(slog.NewTextHandler(&log, nil))
+	c := start(t, cfg)
+
+	for name, k := range map[string][]byte{"wrong": other, "none": nil} {
+		cfg := worker(name, c.Addr())
+		cfg.Key = k
+		w := start(t, cfg)
+		log.wait(t, "level=WARN") // memberlist on c says that it was refused
+		if got := w.Coordinators(); len(got) != 0 {
+			t.Errorf("with %s key: coordinators %q", name, got)
+		}
+		stop(t, w)
+		log.reset()
+	}
+	cfg = worker("right", c.Addr())
+	cfg.Key = key
+	wantCoordinators(t, start(t, cfg), "192.0.2.1:8372")
+	if strings.Contains(log.String(), string(key)) {
+		t.Error("the key is in the log")
+	}
+}
+
+func TestStart_SaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		cfg    gossip.Config
+		reason string
+	}{
+		"no name":           {worker(""), "name"},
+		"a name with slash": {worker("a/b"), "name"},
+		"a long name":       {worker(strings.Repeat("a", 129)), "name"},
+		"no role":           {gossip.Config{Name: "a"}, "role"},
+		"a short key":       {gossip.Config{Name: "a", Role: gossip.Worker, Key: []byte("short")}, "5 bytes"},
+		"a seed, no port":   {worker("a", "localhost"), "seed"},
+		"a gRPC path":       {coordinator("a", "a/b:1"), "gRPC"},
+		"a worker's gRPC":   {gossip.Config{Name: "a", Role: gossip.Worker, GRPC: ":1"}, "gRPC"},
+		"a long gRPC host":  {coordinator("a", strings.Repeat("a", 600)+":1"), "gRPC"},
+		"advertise nowhere": {gossip.Config{Name: "a", Role: gossip.Worker, Advertise: "0.0.0.0"}, "advertised"},
+		"bind nowhere":      {gossip.Config{Name: "a", Role: gossip.Worker, Bind: "nowhere"}, "bind"},
+	} {
+		if c.cfg.Bind == "" {
+			c.cfg.Bind = "127.0.0.1:0"
+		}
+		n, err := gossip.Start(t.Context(), c.cfg)
+		if err == nil {
+			stop(t, n)
+		}
+		if err == nil || !strings.Contains(err.Error(), c.reason) {
+			t.Errorf("%s: error %v; want one about %q", name, err, c.reason)
+		}
+	}
+}

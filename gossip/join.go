@@ -1,0 +1,91 @@
+package gossip
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"strconv"
+	"time"
+)
+
+// resolveWithin bounds the resolving of one seed.
+const resolveWithin = 5 * time.Second
+
+// keepJoined joins the seeds that are not among the living members, for ever:
+// memberlist forgets a member that was gone for long, so that two halves of a
+// farm that a network failure had parted find together only by their seeds.
+func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Duration) {
+	if len(seeds) == 0 {
+		return
+	}
+	retry := min(firstRetry, interval)
+	for {
+		wait := interval
+		if err := n.join(ctx, seeds); err != nil && ctx.Err() == nil {
+			wait = retry
+			retry = min(2*retry, interval)
+			n.log.Warn("joining the farm's gossip: trying again", "error", err, "in", wait)
+		} else {
+			retry = min(firstRetry, interval)
+		}
+		// Up to a fifth less, so that the members of a farm that was switched on at
+		// once do not knock at the seeds in step.
+		wait -= rand.N(wait/5 + 1)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// join tries every seed that is not a living member. The error is that of the
+// last seed that failed.
+func (n *Node) join(ctx context.Context, seeds []string) (last error) {
+	for _, seed := range seeds {
+		missing, err := n.missing(ctx, seed)
+		if err != nil {
+			last = err
+			continue
+		}
+		if len(missing) == 0 {
+			continue
+		}
+		if _, err := n.list.Join(missing); err != nil {
+			last = fmt.Errorf("seed %s: %w", seed, err)
+			continue
+		}
+		n.log.Debug("joined the farm's gossip", "seed", seed)
+	}
+	return last
+}
+
+// missing resolves a seed and returns the addresses that no living member, not
+// even this one, has.
+func (n *Node) missing(ctx context.Context, seed string) ([]string, error) {
+	host, port, err := splitHostPort(seed)
+	if err != nil {
+		return nil, fmt.Errorf("seed: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveWithin)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, fmt.Errorf("seed %s: %w", seed, err)
+	}
+	living := map[netip.AddrPort]bool{}
+	for _, m := range n.list.Members() {
+		if ip, ok := netip.AddrFromSlice(m.Addr); ok {
+			living[netip.AddrPortFrom(ip.Unmap(), m.Port)] = true
+		}
+	}
+	var missing []string
+	for _, a := range addrs {
+		if !living[netip.AddrPortFrom(a.Unmap(), port)] {
+			missing = append(missing, net.JoinHostPort(a.Unmap().String(), strconv.Itoa(int(port))))
+		}
+	}
+	return missing, nil
+}

@@ -1,0 +1,109 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"github.com/archfarm/archfarm/address"
+)
+
+// errDuplicate tells that another link already leads to the same coordinator.
+var errDuplicate = errors.New("this coordinator is attached under another address already")
+
+// attachments keeps one link to every coordinator that is configured or that
+// gossip knows.
+//
+// One coordinator under two addresses would get two streams of one worker. That
+// is prevented where both end at the same IP address and port (localhost and
+// 127.0.0.1, a name and its address), not where a coordinator has several IP
+// addresses: configure the one that gossip names.
+type attachments struct {
+	agent      *agent
+	configured []address.Address
+	finder     coordinatorFinder // nil without gossip
+
+	running sync.WaitGroup // the links
+
+	mu    sync.Mutex
+	links map[address.Address]*link
+	peers map[string]*link // attached links by what their connection really leads to
+}
+
+// run follows gossip until ctx ends, and waits for all links.
+func (s *attachments) run(ctx context.Context) {
+	defer s.running.Wait()
+	var changed <-chan struct{}
+	if s.finder != nil {
+		changed = s.finder.Changed()
+	}
+	for {
+		s.update(ctx)
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// update starts links to coordinators that are new and lets go of those that
+// are gone.
+func (s *attachments) update(ctx context.Context) {
+	wanted := map[address.Address]bool{}
+	for _, a := range s.configured {
+		wanted[a] = true
+	}
+	if s.finder != nil {
+		for _, found := range s.finder.Coordinators() {
+			if a, err := address.Parse(found); err == nil {
+				wanted[a] = true
+			}
+		}
+	}
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for a := range wanted {
+		if s.links[a] == nil {
+			l := newLink(s, a)
+			s.links[a] = l
+			s.running.Go(func() { l.run(ctx) })
+		}
+	}
+	for a, l := range s.links {
+		l.wanted = wanted[a]
+		if !l.wanted {
+			l.poke()
+		}
+	}
+}
+
+// retire removes l if it is wanted no more, and tells whether it did: l has to
+// end then.
+func (s *attachments) retire(l *link) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l.wanted {
+		return false
+	}
+	delete(s.links, l.addr)
+	return true
+}
+
+// claim makes l the one link to peer.
+func (s *attachments) claim(peer string, l *link) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if other := s.peers[peer]; other != nil && other != l {
+		return errDuplicate
+	}
+	s.peers[peer] = l
+	return nil
+}
+
+func (s *attachments) unclaim(peer string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.peers, peer)
+}

@@ -1,0 +1,312 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/archfarm/archfarm/address"
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+	"github.com/archfarm/archfarm/tunnel"
+	controlapi "github.com/moby/buildkit/api/services/control"
+	apitypes "github.com/moby/buildkit/api/types"
+	"github.com/moby/buildkit/client"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// patience is when a test gives up to wait.
+const patience = 20 * time.Second
+
+// hasty is usual, for tests.
+var hasty = timing{
+	checkEvery:    20 * time.Millisecond,
+	checkWithin:   time.Second,
+	welcomeWithin: 300 * time.Millisecond,
+	orphanAfter:   300 * time.Millisecond,
+}
+
+func socketPath(t *testing.T) address.Address {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "af") // short enough for sockaddr_un
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return address.Address{Network: "unix", Addr: filepath.Join(dir, "s")}
+}
+
+// fakeBuildkitd answers Info, and nothing else.
+type fakeBuildkitd struct {
+	controlapi.UnimplementedControlServer
+	addr   address.Address
+	server *grpc.Server
+	served sync.WaitGroup
+}
+
+const buildkitVersion = "v0.99.0"
+
+func (*fakeBuildkitd) Info(context.Context, *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
+	return &controlapi.InfoResponse{BuildkitVersion: &apitypes.BuildkitVersion{Version: buildkitVersion}}, nil
+}
+
+func startBuildkitd(t *testing.T, addr address.Address) *fakeBuildkitd {
+	t.Helper()
+	l, err := addr.Listen(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &fakeBuildkitd{addr: addr, server: grpc.NewServer()}
+	controlapi.RegisterControlServer(b.server, b)
+	b.served.Go(func() { _ = b.server.Serve(l) })
+	t.Cleanup(b.stop)
+	return b
+}
+
+func (b *fakeBuildkitd) stop() {
+	b.server.Stop()
+	b.served.Wait()
+}
+
+// fakeCoordinator serves AgentService and takes tunnels.
+type fakeCoordinator struct {
+	archfarmv1.UnimplementedAgentServiceServer
+	addr     address.Address
+	server   *grpc.Server
+	served   sync.WaitGroup
+	attached chan *attached
+	tunnels  chan net.Conn
+}
+
+// attached is one Attach call, seen from the coordinator.
+type attached struct {
+	t        *testing.T
+	hello    *archfarmv1.Hello
+	rpc      grpc.BidiStreamingServer[archfarmv1.AttachRequest, archfarmv1.AttachResponse]
+	messages chan *archfarmv1.AttachRequest // closed at the end of the agent's side
+	hangUp   func()                         // ends the call from the coordinator's side
+	tunnels  chan net.Conn
+}
+
+func startCoordinator(t *testing.T, addr address.Address) *fakeCoordinator {
+	t.Helper()
+	inner, err := addr.Listen(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &fakeCoordinator{
+		addr: addr, server: grpc.NewServer(),
+		attached: make(chan *attached, 64), tunnels: make(chan net.Conn, 64),
+	}
+	if addr.Network == "tcp" {
+		c.addr.Addr = inner.Addr().String()
+	}
+	l := tunnel.NewListener(inner, func(_ string, conn net.Conn) { c.tunnels <- conn }, slog.New(slog.DiscardHandler))
+	archfarmv1.RegisterAgentServiceServer(c.server, &agentService{c: c, t: t})
+	c.served.Go(func() { _ = c.server.Serve(l) })
+	t.Cleanup(c.stop)
+	return c
+}
+
+func onLoopback() address.Address { return address.Address{Network: "tcp", Addr: "127.0.0.1:0"} }
+
+func (c *fakeCoordinator) stop() {
+	c.server.Stop()
+	c.served.Wait()
+	for {
+		select {
+		case conn := <-c.tunnels:
+			conn.Close()
+		default:
+			return
+		}
+	}
+}
+
+type agentService struct {
+	archfarmv1.UnimplementedAgentServiceServer
+	c *fakeCoordinator
+	t *testing.T
+}
+
+func (s *agentService) Attach(rpc grpc.BidiStreamingServer[archfarmv1.AttachRequest, archfarmv1.AttachResponse]) error {
+	first, err := rpc.Recv()
+	if err != nil {
+		return err
+	}
+	if err := rpc.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Welcome{
+		Welcome: &archfarmv1.Welcome{HeartbeatSeconds: 1},
+	}}); err != nil {
+		return err
+	}
+	hungUp := make(chan struct{})
+	a := &attached{
+		t: s.t, hello: first.GetHello(), rpc: rpc, tunnels: s.c.tunnels,
+		messages: make(chan *archfarmv1.AttachRequest, 1024),
+		hangUp:   sync.OnceFunc(func() { close(hungUp) }),
+	}
+	s.c.attached <- a
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		defer close(a.messages)
+		for {
+			m, err := rpc.Recv()
+			if err != nil {
+				return
+			}
+			a.messages <- m
+		}
+	}()
+	select {
+	case <-ended:
+	case <-hungUp:
+	}
+	return nil
+}
+
+func receive[T any](t *testing.T, c <-chan T, what string) T {
+	t.Helper()
+	select {
+	case v, ok := <-c:
+		if !ok {
+			t.Fatalf("waiting for %s: it ended", what)
+		}
+		return v
+	case <-time.After(patience):
+		t.Fatalf("waiting for %s: it does not come", what)
+	}
+	panic("unreachable")
+}
+
+func (c *fakeCoordinator) attach(t *testing.T) *attached {
+	t.Helper()
+	return receive(t, c.attached, "the agent")
+}
+
+// wantReport waits for a report of this state.
+func (a *attached) wantReport(state archfarmv1.Worker_State, used uint32) *archfarmv1.Report {
+	a.t.Helper()
+	for {
+		r := receive(a.t, a.messages, "a report").GetReport()
+		if r != nil && r.GetState() == state && r.GetSlots().GetUsed() == used {
+			return r
+		}
+	}
+}
+
+func (a *attached) wantRefused(id string, cause archfarmv1.Refused_Cause) *archfarmv1.Refused {
+	a.t.Helper()
+	for {
+		r := receive(a.t, a.messages, "a refusal").GetRefused()
+		if r == nil {
+			continue
+		}
+		if r.GetConnectionId() != id || r.GetCause() != cause {
+			a.t.Fatalf("refused %s: %s (%s), want %s: %s", r.GetConnectionId(), r.GetCause(), r.GetMessage(), id, cause)
+		}
+		return r
+	}
+}
+
+func (a *attached) ask(id string, slot bool) {
+	a.t.Helper()
+	if err := a.rpc.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Open{
+		Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: slot},
+	}}); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+// open asks for a connection and waits for it.
+func (a *attached) open(id string, slot bool) net.Conn {
+	a.t.Helper()
+	a.ask(id, slot)
+	conn := receive(a.t, a.tunnels, "a tunnel")
+	a.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// wantInfo speaks BuildKit's API over conn.
+func wantInfo(t *testing.T, conn net.Conn) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	c, err := client.New(ctx, "tcp://tunnel", client.WithContextDialer(func(context.Context, string) (net.Conn, error) { return conn, nil }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	info, err := c.Info(ctx)
+	if err != nil || info.BuildkitVersion.Version != buildkitVersion {
+		t.Fatalf("info through the tunnel: %+v, %v", info, err)
+	}
+}
+
+func wantEnd(t *testing.T, conn net.Conn) {
+	t.Helper()
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	// buildkitd's first frames may come before the end.
+	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("the connection does not end")
+	}
+}
+
+// running is an agent under test.
+type running struct {
+	cancel context.CancelFunc // as SIGTERM does
+	stop   func()             // as a second one does
+	ended  chan error
+}
+
+func startAgent(t *testing.T, cfg Config, timing timing) *running {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	stop := make(chan struct{})
+	cfg.Stop = stop
+	if cfg.Name == "" {
+		cfg.Name = "w"
+	}
+	if cfg.Slots == 0 {
+		cfg.Slots = 1
+	}
+	r := &running{cancel: cancel, stop: sync.OnceFunc(func() { close(stop) }), ended: make(chan error, 1)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.ended <- run(ctx, cfg, timing)
+	}()
+	t.Cleanup(func() {
+		r.stop()
+		cancel()
+		<-done
+	})
+	return r
+}
+
+func (r *running) wantEnd(t *testing.T) {
+	t.Helper()
+	if err := receive(t, r.ended, "the agent's end"); err != nil {
+		t.Fatalf("the agent ended with %v", err)
+	}
+}
+
+func (r *running) wantRunning(t *testing.T) {
+	t.Helper()
+	select {
+	case err := <-r.ended:
+		t.Fatalf("the agent ended early: %v", err)
+	default:
+	}
+}

@@ -1,0 +1,170 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/archfarm/archfarm/address"
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+)
+
+// attachStream is the agent's side of AgentService.Attach.
+type attachStream = grpc.BidiStreamingClient[archfarmv1.AttachRequest, archfarmv1.AttachResponse]
+
+// stream is one Attach call.
+type stream struct {
+	link *link
+	peer address.Address // of the coordinator, for the connections that it asks for
+	// tunnels is the life of those connections, which may be longer than the
+	// stream's.
+	tunnels context.Context
+
+	rpc       attachStream
+	giveUp    context.CancelCauseFunc // ends rpc
+	heartbeat time.Duration           // 0 until the Welcome
+	welcomed  time.Time
+
+	refusals chan *archfarmv1.Refused // to the one goroutine that may send
+	done     chan struct{}            // closed when nothing is sent any more
+}
+
+// run says Hello, waits for the Welcome, and serves the stream until it ends.
+// When ctx ends it ends its own side and gives the coordinator a moment to end
+// the other.
+func (s *stream) run(ctx context.Context, coordinator archfarmv1.AgentServiceClient) error {
+	// Not a child of ctx, whose end is to be an orderly one.
+	life, giveUp := context.WithCancelCause(context.WithoutCancel(ctx))
+	s.giveUp = giveUp
+	defer giveUp(nil)
+	defer context.AfterFunc(ctx, func() {
+		time.AfterFunc(leaveWithin, func() { giveUp(errLeft) })
+	})()
+
+	err := s.serve(ctx, life, coordinator)
+	if cause := context.Cause(life); cause != nil {
+		return cause // says more than that the call was cancelled
+	}
+	if errors.Is(err, io.EOF) {
+		return errors.New("the coordinator ended the stream")
+	}
+	return err
+}
+
+func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentServiceClient) (err error) {
+	impatience := time.AfterFunc(s.link.set.agent.timing.welcomeWithin, func() { s.giveUp(errNoWelcome) })
+	defer impatience.Stop()
+	if s.rpc, err = coordinator.Attach(life); err != nil {
+		return fmt.Errorf("attaching: %w", err)
+	}
+	if err := s.greet(); err != nil {
+		return err
+	}
+	impatience.Stop()
+	s.link.log.Info("attached", "heartbeat", s.heartbeat)
+
+	received := make(chan struct{})
+	var reason error
+	go func() {
+		defer close(received)
+		reason = s.receive()
+	}()
+	err = s.send(ctx, received)
+	// Either side has ended: receive has returned, or returns when the
+	// coordinator follows or patience ends.
+	<-received
+	if err == nil || errors.Is(err, io.EOF) {
+		return reason // Send says EOF for whatever it was that ended the stream
+	}
+	return err
+}
+
+// greet sends the Hello and receives the Welcome.
+func (s *stream) greet() error {
+	hello := proto.CloneOf(s.link.set.agent.hello)
+	hello.Report, _ = s.link.set.agent.slots.report()
+	err := s.rpc.Send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Hello{Hello: hello}})
+	if err != nil {
+		// Send says EOF, and leaves the reason to Recv.
+		_, err = s.rpc.Recv()
+		return fmt.Errorf("saying hello: %w", err)
+	}
+	first, err := s.rpc.Recv()
+	if err != nil {
+		return fmt.Errorf("saying hello: %w", err)
+	}
+	welcome := first.GetWelcome()
+	if welcome == nil {
+		return fmt.Errorf("saying hello: the coordinator answered with %T instead of a welcome", first.GetMessage())
+	}
+	s.welcomed = time.Now()
+	s.heartbeat = min(time.Duration(welcome.GetHeartbeatSeconds())*time.Second, maxHeartbeat)
+	if s.heartbeat == 0 {
+		s.heartbeat = defaultHeartbeat
+	}
+	return nil
+}
+
+// send is the only sender after greet: a report at once, after each change and
+// each heartbeat, and refusals. It returns nil when the stream ended from the
+// other side, or from this one because ctx ended.
+func (s *stream) send(ctx context.Context, received <-chan struct{}) error {
+	defer close(s.done)
+	heartbeat := time.NewTicker(s.heartbeat)
+	defer heartbeat.Stop()
+	for {
+		report, changed := s.link.set.agent.slots.report()
+		if err := s.sendOne(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Report{Report: report}}); err != nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-heartbeat.C:
+		case r := <-s.refusals:
+			if err := s.sendOne(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Refused{Refused: r}}); err != nil {
+				return err
+			}
+		case <-received:
+			return nil
+		case <-ctx.Done():
+			return s.rpc.CloseSend()
+		}
+	}
+}
+
+// sendOne gives the stream up if the coordinator lets nothing through. gRPC
+// buffers what the coordinator's machine accepts, so this sees a coordinator
+// that stopped reading; that the machine is gone is seen by the kernel, see
+// setUserTimeout.
+func (s *stream) sendOne(m *archfarmv1.AttachRequest) error {
+	t := time.AfterFunc(missedHeartbeats*s.heartbeat, func() { s.giveUp(errStalled) })
+	defer t.Stop()
+	return s.rpc.Send(m)
+}
+
+// receive serves what the coordinator asks for until the stream ends.
+func (s *stream) receive() error {
+	for {
+		m, err := s.rpc.Recv()
+		if err != nil {
+			return err
+		}
+		if open := m.GetOpen(); open != nil {
+			s.open(open)
+		}
+		// Whatever else there is, a newer coordinator says to newer agents.
+	}
+}
+
+// refuse answers an Open. It does not wait longer than the stream lives.
+func (s *stream) refuse(id string, cause archfarmv1.Refused_Cause, why string) {
+	s.link.log.Debug("refusing a connection", "cause", cause.String(), "reason", why)
+	select {
+	case s.refusals <- &archfarmv1.Refused{ConnectionId: id, Cause: cause, Message: clip(why)}:
+	case <-s.done:
+	}
+}
