@@ -29,6 +29,9 @@ type Config struct {
 	Listen []address.Address
 	// HTTP is host:port of health and metrics; empty for none.
 	HTTP string
+	// Pprof adds Go's profiles to HTTP. They show what the process does, not what
+	// it builds, but slow it down: not for everybody.
+	Pprof bool
 	// Gossip is host:port, TCP and UDP, of the member list; empty for none.
 	Gossip string
 	// GossipAdvertise is what others reach Gossip by, when that is not its address.

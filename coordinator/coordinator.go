@@ -15,7 +15,6 @@ import (
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
-	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -78,6 +77,7 @@ func assembleCoordinator(cfg Config) (*coordinator, error) {
 	}
 	metrics := prometheus.NewRegistry()
 	scheduler := schedule.New(nil)
+	scheduler.Share = true // a build of more legs than slots would wait for itself
 	workers := fleet.New(cfg.Logger, func(ws []*fleet.Worker) { scheduler.Update(asSchedule(ws)) })
 	farm := &dispatch.Farm{
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
@@ -144,18 +144,18 @@ func (c *coordinator) run(ctx context.Context) error {
 		return nil
 	})
 	<-ctx.Done()
-	c.drain(ctx)
+	drained := c.drain(ctx)
 	c.stop(ctx, server, web)
 	if members != nil {
 		if err := members.Close(context.WithoutCancel(ctx)); err != nil { // ctx has ended, the farewell has its own bound
 			c.log.Warn("leaving gossip", "error", err)
 		}
 	}
-	return serving.Wait()
+	return errors.Join(serving.Wait(), drained)
 }
 
 // drain lets running builds end, within bounds.
-func (c *coordinator) drain(ctx context.Context) {
+func (c *coordinator) drain(ctx context.Context) error {
 	c.health.Shutdown()
 	c.log.Info("draining: no new builds are taken", "timeout", c.cfg.DrainTimeout)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.DrainTimeout) // ctx has ended: that is why
@@ -168,8 +168,9 @@ func (c *coordinator) drain(ctx context.Context) {
 		}
 	}()
 	if err := c.builds.Drain(ctx); err != nil {
-		c.log.Warn("stopping while builds run", "reason", err)
+		return fmt.Errorf("stopped while builds were running: %w", err)
 	}
+	return nil
 }
 
 // stop ends the servers: gently, as all builds are over, but not for long.
@@ -239,8 +240,7 @@ func (c *coordinator) gossip(ctx context.Context, bound *Bound) (*gossip.Node, e
 func (c *coordinator) server() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		grpc.UnaryInterceptor(grpcerrors.UnaryServerInterceptor),
-		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
+		grpc.UnaryInterceptor(unaryStatus), grpc.StreamInterceptor(streamStatus),
 		// A client or worker that vanished without a word is noticed within a minute.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

@@ -9,7 +9,6 @@ import (
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
-	"github.com/moby/buildkit/util/grpcerrors"
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/dispatch"
@@ -28,17 +27,18 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 
 	b, err := c.builds.Begin(ctx, req)
 	if err != nil {
+		c.farm.Sessions.Settle(ctx, req.GetSession())
 		return nil, err
 	}
 	defer func() { c.builds.End(b, err) }()
 
 	result, err := b.Result(ctx)
 	if err != nil {
-		return nil, asStatus(ctx, err)
+		return nil, err
 	}
 	exported, err := b.Export(ctx, result)
 	if err != nil {
-		return nil, asStatus(ctx, err)
+		return nil, err
 	}
 	c.history.Add(req.GetRef(), b.Legs())
 	if len(exported.Legs) == 0 { // one leg has exported everything itself, or there is no image
@@ -100,7 +100,3 @@ func answer(exported *dispatch.Exported, image publish.Content) (*controlapi.Sol
 	}
 	return &controlapi.SolveResponse{ExporterResponse: out}, nil
 }
-
-// asStatus keeps an error's code and its typed details: they carry the lines of
-// the Dockerfile.
-func asStatus(ctx context.Context, err error) error { return grpcerrors.ToGRPC(ctx, err) }

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -89,8 +90,11 @@ type Node struct {
 	list    *memberlist.Memberlist
 	log     *slog.Logger
 	changed chan struct{}
-	stop    context.CancelFunc
-	joiner  sync.WaitGroup
+	// contested is when another address was last seen under our name, in
+	// nanoseconds since 1970; 0 is never.
+	contested atomic.Int64
+	stop      context.CancelFunc
+	joiner    sync.WaitGroup
 
 	closing sync.Once
 	closed  error
@@ -196,7 +200,7 @@ func (c *Config) validate() error {
 	switch {
 	case c.Role != Coordinator && c.Role != Worker:
 		return fmt.Errorf("unknown role %q", c.Role)
-	case !validName(c.Name):
+	case !ValidName(c.Name):
 		return fmt.Errorf("name %q: use 1 to %d letters, digits, '.', '_' and '-'", c.Name, maxName)
 	case c.Role == Worker && c.GRPC != "":
 		return errors.New("a worker has no gRPC address")
@@ -223,10 +227,19 @@ func (c *Config) validate() error {
 	return nil
 }
 
-func validName(s string) bool {
-	return len(s) >= 1 && len(s) <= maxName && !strings.ContainsFunc(s, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '_' || r == '-')
-	})
+// ValidName tells whether s may be the name of a member: 1 to 128 letters,
+// digits, ".", "_" and "-".
+func ValidName(s string) bool {
+	return len(s) >= 1 && len(s) <= maxName && strings.IndexFunc(s, notInName) < 0
+}
+
+func notInName(r rune) bool {
+	switch {
+	case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+		return false
+	default:
+		return r != '.' && r != '_' && r != '-'
+	}
 }
 
 // memberlist translates c.
@@ -254,6 +267,7 @@ func (c *Config) memberlist(ctx context.Context, n *Node) (*memberlist.Config, e
 	mc.DeadNodeReclaimTime = reclaimAfter
 	mc.LogOutput = &logWriter{log: c.Logger}
 	mc.Events = events{n}
+	mc.Conflict = conflicts{n, mc.Name}
 	mc.Delegate, err = newDelegate(c.Role, c.GRPC)
 	if err != nil {
 		return nil, err

@@ -10,12 +10,22 @@ import (
 	"time"
 )
 
-// resolveWithin bounds the resolving of one seed.
-const resolveWithin = 5 * time.Second
+const (
+	// resolveWithin bounds the resolving of one seed.
+	resolveWithin = 5 * time.Second
+	// contestedFor is how long after a conflict about our name the seeds are told
+	// that it is ours, although they seem to be joined: as long as it takes them to
+	// find out that whoever had it is dead.
+	contestedFor = time.Minute
+	// contestedRetry is how often they are told.
+	contestedRetry = 2 * time.Second
+)
 
 // keepJoined joins the seeds that are not among the living members, for ever:
 // memberlist forgets a member that was gone for long, so that two halves of a
 // farm that a network failure had parted find together only by their seeds.
+// Those that are living members are left alone, since a join exchanges the whole
+// state, unless they may know our name under another address.
 func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Duration) {
 	if len(seeds) == 0 {
 		return
@@ -29,6 +39,9 @@ func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Dur
 			n.log.Warn("joining the farm's gossip: trying again", "error", err, "in", wait)
 		} else {
 			retry = min(firstRetry, interval)
+		}
+		if n.isContested() {
+			wait = min(wait, contestedRetry)
 		}
 		// Up to a fifth less, so that the members of a farm that was switched on at
 		// once do not knock at the seeds in step.
@@ -77,6 +90,9 @@ func (n *Node) missing(ctx context.Context, seed string) ([]string, error) {
 	}
 	living := map[netip.AddrPort]bool{}
 	for _, m := range n.list.Members() {
+		if m != n.list.LocalNode() && n.isContested() {
+			continue
+		}
 		if ip, ok := netip.AddrFromSlice(m.Addr); ok {
 			living[netip.AddrPortFrom(ip.Unmap(), m.Port)] = true
 		}
@@ -88,4 +104,11 @@ func (n *Node) missing(ctx context.Context, seed string) ([]string, error) {
 		}
 	}
 	return missing, nil
+}
+
+// isContested tells whether somebody knew our name under another address a short
+// while ago.
+func (n *Node) isContested() bool {
+	at := n.contested.Load()
+	return at != 0 && time.Since(time.Unix(0, at)) < contestedFor
 }

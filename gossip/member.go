@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/memberlist"
 )
@@ -53,6 +54,20 @@ func (e events) NotifyJoin(*memberlist.Node)   { e.n.notify() }
 func (e events) NotifyLeave(*memberlist.Node)  { e.n.notify() }
 func (e events) NotifyUpdate(*memberlist.Node) { e.n.notify() }
 
+// conflicts notices that others know our name under another address: a second
+// member of that name, or more often this one before it was killed and
+// restarted. memberlist calls with its lock held.
+type conflicts struct {
+	n    *Node
+	name string
+}
+
+func (c conflicts) NotifyConflict(existing, _ *memberlist.Node) {
+	if existing.Name == c.name {
+		c.n.contested.Store(time.Now().UnixNano())
+	}
+}
+
 // coordinatorAddress tells where m serves gRPC, if m is a coordinator and says
 // so in a form that makes sense. All of m is hostile.
 func coordinatorAddress(m *memberlist.Node) (string, bool) {
@@ -61,7 +76,7 @@ func coordinatorAddress(m *memberlist.Node) (string, bool) {
 		return "", false
 	}
 	name, isCoordinator := strings.CutPrefix(m.Name, string(Coordinator)+"/")
-	if meta.Role != roleLetters[Coordinator] || !isCoordinator || !validName(name) {
+	if meta.Role != roleLetters[Coordinator] || !isCoordinator || !ValidName(name) {
 		return "", false
 	}
 	host, port, err := splitHostPort(meta.GRPC)
@@ -82,7 +97,5 @@ func validHost(host string) bool {
 	if _, err := netip.ParseAddr(host); err == nil {
 		return true
 	}
-	return len(host) <= maxHost && !strings.ContainsFunc(host, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '_' || r == '-')
-	})
+	return len(host) <= maxHost && strings.IndexFunc(host, notInName) < 0
 }

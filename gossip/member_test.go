@@ -2,10 +2,13 @@ package gossip
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/memberlist"
 )
@@ -85,4 +88,44 @@ func TestLogWriter_KeepsTheLevel(t *testing.T) {
 			t.Errorf("%q became %q, want %q", line, out.String(), want)
 		}
 	}
+}
+
+func TestNode_AKilledMemberComesBackOnAnotherPort(t *testing.T) {
+	t.Parallel()
+	start := func(cfg Config) *Node {
+		cfg.Bind = "127.0.0.1:0"
+		n, err := Start(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	wait := func(n *Node, want string) {
+		t.Helper()
+		late := time.After(30 * time.Second)
+		for !slices.Equal(n.Coordinators(), []string{want}) {
+			select {
+			case <-n.Changed():
+			case <-late:
+				t.Fatalf("coordinators %q, want %q", n.Coordinators(), want)
+			}
+		}
+	}
+	closeNode := func(n *Node) {
+		if err := n.Close(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	}
+	w := start(Config{Name: "w", Role: Worker})
+	defer closeNode(w)
+	killed := start(Config{Name: "c", Role: Coordinator, GRPC: "192.0.2.1:1", Join: []string{w.Addr()}})
+	wait(w, "192.0.2.1:1")
+	killed.stop() // as a kill: without leaving
+	killed.joiner.Wait()
+	if err := killed.list.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	again := start(Config{Name: "c", Role: Coordinator, GRPC: "192.0.2.2:2", Join: []string{w.Addr()}})
+	defer closeNode(again)
+	wait(w, "192.0.2.2:2")
 }

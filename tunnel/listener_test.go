@@ -89,7 +89,7 @@ func wantClosed(t *testing.T, conn net.Conn) {
 	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := conn.Read(make([]byte, 1)); n != 0 || !(errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
 		t.Fatalf("read %d bytes, %v; want the connection closed", n, err)
 	}
 }
@@ -153,7 +153,7 @@ func TestListener_GivesOthersAnyFirstBytes(t *testing.T) {
 		defer near.Close()
 		defer far.Close()
 		l := &Listener{within: time.Minute}
-		go far.Write(all)
+		go func() { _, _ = far.Write(all) }()
 		id, peeked, err := l.peek(near)
 		if err != nil || id != "" {
 			r.Fatalf("peek: %q, %v", id, err)
@@ -208,7 +208,7 @@ func TestListener_TheDeadlineIsLiftedForWhatIsHandedOn(t *testing.T) {
 	defer other.Close()
 	read(t, other, "PRI")
 	for _, pair := range [][2]net.Conn{{agent, o.conn}, {client, other}} {
-		late := time.AfterFunc(3*within, func() { pair[0].Write([]byte("x")) })
+		late := time.AfterFunc(3*within, func() { _, _ = pair[0].Write([]byte("x")) })
 		defer late.Stop()
 		// Without a deadline of its own: the one of the listener must be gone.
 		if _, err := pair[1].Read(make([]byte, 1)); err != nil {
@@ -300,7 +300,7 @@ func TestListener_RetriesPassingErrorsAndTellsLastingOnes(t *testing.T) {
 	}
 	broken := &tired{Listener: inner}
 	l := NewListener(broken, nil, slog.New(slog.DiscardHandler))
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	if _, err := l.Accept(); !errors.Is(err, errBroken) {
 		t.Errorf("Accept: %v, want %v", err, errBroken)
 	}

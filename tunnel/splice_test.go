@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -20,7 +21,7 @@ func pair(t *testing.T, network string) (a, b net.Conn) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
+		t.Cleanup(func() { _ = os.RemoveAll(dir) })
 		where = filepath.Join(dir, "s")
 	}
 	l, err := net.Listen(network, where)
@@ -64,15 +65,15 @@ func TestSplice_CarriesBothWaysAndPassesOnTheEnd(t *testing.T) {
 	rand.Read(question)
 	rand.Read(answer)
 	go func() {
-		coordinator.Write(question)
-		coordinator.(*net.TCPConn).CloseWrite()
+		_, _ = coordinator.Write(question)
+		_ = coordinator.(*net.TCPConn).CloseWrite()
 	}()
 	got, err := io.ReadAll(buildkitd) // ends only if the end was passed on
 	if err != nil || !bytes.Equal(got, question) {
 		t.Fatalf("buildkitd received %d bytes, %v", len(got), err)
 	}
 	go func() {
-		buildkitd.Write(answer) // after the other direction has ended
+		_, _ = buildkitd.Write(answer) // after the other direction has ended
 		buildkitd.Close()
 	}()
 	got, err = io.ReadAll(coordinator)
@@ -122,7 +123,10 @@ func TestSplice_ClosingFromOutsideEndsIt(t *testing.T) {
 	go func() { done <- Splice(a, b) }()
 	a.Close()
 	select {
-	case <-done:
+	case err := <-done:
+		if !errors.Is(err, net.ErrClosed) {
+			t.Errorf("ended with %v, want %v", err, net.ErrClosed)
+		}
 	case <-time.After(10 * time.Second):
 		t.Fatal("still spliced")
 	}

@@ -4,16 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/gossip"
 	"github.com/archfarm/archfarm/worker/native"
 )
 
 const (
-	// maxName keeps names short enough for logs, metrics and gossip.
-	maxName = 128
 	// maxSlots is beyond what any machine builds at once.
 	maxSlots = 1024
 	// maxCoordinators bounds what an operator may list.
@@ -73,8 +71,8 @@ func (c *Config) validate() ([]address.Address, error) {
 		c.DrainTimeout = defaultDrain
 	}
 	switch {
-	case !validName(c.Name):
-		return nil, fmt.Errorf("name %q: use 1 to %d letters, digits, '.', '_' and '-'", c.Name, maxName)
+	case !gossip.ValidName(c.Name):
+		return nil, fmt.Errorf("name %q: use 1 to 128 letters, digits, '.', '_' and '-'", c.Name)
 	case c.BuildKit.IsZero():
 		return nil, errors.New("the address of buildkitd is missing")
 	case c.Slots < 1 || c.Slots > maxSlots:
@@ -95,12 +93,6 @@ func (c *Config) validate() ([]address.Address, error) {
 		addrs = append(addrs, a)
 	}
 	return addrs, nil
-}
-
-func validName(s string) bool {
-	return len(s) >= 1 && len(s) <= maxName && !strings.ContainsFunc(s, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '_' || r == '-')
-	})
 }
 
 // platforms returns what the worker offers, in containerd's notation, and what

@@ -41,7 +41,7 @@ func socketPath(t *testing.T) address.Address {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	return address.Address{Network: "unix", Addr: filepath.Join(dir, "s")}
 }
 
@@ -236,20 +236,38 @@ func (a *attached) open(id string, slot bool) net.Conn {
 	return conn
 }
 
-// wantInfo speaks BuildKit's API over conn.
+// wantInfo speaks BuildKit's API over conn, and closes it.
 func wantInfo(t *testing.T, conn net.Conn) {
+	t.Helper()
+	if err := speak(t, conn).Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// speak begins to speak BuildKit's API over conn.
+func speak(t *testing.T, conn net.Conn) *client.Client {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	c, err := client.New(ctx, "tcp://tunnel", client.WithContextDialer(func(context.Context, string) (net.Conn, error) { return conn, nil }))
+	unused := make(chan net.Conn, 1)
+	unused <- conn
+	c, err := client.New(ctx, "tcp://tunnel", client.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+		select {
+		case conn := <-unused:
+			return conn, nil
+		default:
+			return nil, net.ErrClosed
+		}
+	}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	t.Cleanup(func() { _ = c.Close() })
 	info, err := c.Info(ctx)
 	if err != nil || info.BuildkitVersion.Version != buildkitVersion {
 		t.Fatalf("info through the tunnel: %+v, %v", info, err)
 	}
+	return c
 }
 
 func wantEnd(t *testing.T, conn net.Conn) {

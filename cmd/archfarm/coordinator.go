@@ -37,6 +37,7 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArray("listen", []string{coordinator.DefaultListen}, "where clients and workers connect: host:port, tcp://host:port or unix:///path; may repeat")
 	flags.String("http", coordinator.DefaultHTTP, "where health and metrics are served; empty for nowhere")
+	flags.Bool("pprof", false, "serve Go's profiles on --http, under /debug/pprof/")
 	flags.String("gossip", coordinator.DefaultGossip, "host:port, TCP and UDP, by which workers find this coordinator; empty for none")
 	flags.String("advertise", "", "host:port that workers are told to dial (default: the first TCP address of --listen)")
 	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
@@ -64,6 +65,7 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 		}
 	}
 	cfg.HTTP, _ = flags.GetString("http")
+	cfg.Pprof, _ = flags.GetBool("pprof")
 	cfg.Gossip, _ = flags.GetString("gossip")
 	cfg.GossipAdvertise, _ = flags.GetString("gossip-advertise")
 	cfg.Advertise, _ = flags.GetString("advertise")

@@ -111,13 +111,18 @@ func (b *Build) End(reason error) {
 		b.starting.Lock()
 	}
 	defer b.starting.Unlock()
+	endAll(b.running(), reason)
+	b.ending.Wait()
+	b.cancel(errEnded)
+}
+
+// endAll ends legs together: one may hold the slot that another runs in.
+func endAll(legs []*leg, reason error) {
 	var group sync.WaitGroup
-	for _, l := range b.running() {
+	for _, l := range legs {
 		group.Go(func() { l.end(reason) })
 	}
 	group.Wait()
-	b.ending.Wait()
-	b.cancel(errEnded)
 }
 
 func (b *Build) running() []*leg {
@@ -256,9 +261,7 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 		if err == nil {
 			return legs, nil
 		}
-		for _, l := range legs {
-			l.end(err)
-		}
+		endAll(legs, err)
 		ticket.Close()
 		var none *build.NoWorkerError
 		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return b.demand(l.Leg, "").Anywhere && !l.anywhere }) {
@@ -277,14 +280,14 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	for i, s := range all {
 		demand := b.demand(s, key)
 		demands = append(demands, demand)
-		legs = append(legs, &leg{Leg: s, build: b, index: i, key: s.String(), anywhere: demand.Anywhere, log: progress.NewLeg(s.String(), len(all) > 1)})
+		legs = append(legs, &leg{Leg: s, build: b, index: i, key: s.String(), anywhere: demand.Anywhere, placed: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1)})
 	}
 	ticket, err := b.farm.Scheduler.Enqueue(demands)
 	if err != nil {
 		return nil, nil, err
 	}
 	for _, l := range legs {
-		l.ticket = ticket
+		l.ticket, l.siblings = ticket, legs
 	}
 	return legs, ticket, nil
 }

@@ -52,6 +52,11 @@ type leg struct {
 	anywhere bool   // placed on any worker, for want of a native one
 	log      *progress.Leg
 
+	siblings []*leg         // all legs of the build, this one included
+	placed   chan struct{}  // closed when the leg has its connection
+	host     *leg           // in whose slot it runs, if in none of its own
+	guests   sync.WaitGroup // the legs that run in this one's slot
+
 	worker   *fleet.Worker
 	attempt  *Attempt
 	releases []func() // session relays
@@ -82,11 +87,16 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 			wait.failed(err)
 			return nil, err
 		}
+		if assigned.Shared && !l.join(ctx, assigned) {
+			continue
+		}
 		conn, err := l.take(ctx, assigned.Worker)
 		if err == nil {
 			wait.assigned(assigned)
+			close(l.placed)
 			return conn, nil
 		}
+		l.part()
 		if ctx.Err() != nil {
 			wait.failed(err)
 			return nil, err
@@ -107,6 +117,31 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 	return nil, err
 }
 
+// join waits for the sibling in whose slot the leg is to run. It tells whether
+// the assignment still holds then: the slot may have been refused.
+func (l *leg) join(ctx context.Context, assigned schedule.Assignment) bool {
+	host := l.siblings[assigned.With]
+	select {
+	case <-host.placed:
+	case <-ctx.Done():
+		return false
+	}
+	if now, err := l.ticket.Wait(ctx, l.index, nil); err != nil || now != assigned {
+		return false
+	}
+	l.host = host
+	host.guests.Add(1)
+	return true
+}
+
+// part lets go of the sibling's slot.
+func (l *leg) part() {
+	if l.host != nil {
+		l.host.guests.Done()
+		l.host = nil
+	}
+}
+
 // take opens the attempt's connection while the sessions are being relayed.
 func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
 	worker, ok := l.build.farm.Fleet.Worker(name)
@@ -116,8 +151,12 @@ func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
 	l.worker = worker
 	var conn *fleet.Conn
 	group, groupCtx := errgroup.WithContext(ctx)
+	open := worker.Take
+	if l.host != nil {
+		open = worker.Dial
+	}
 	group.Go(func() (err error) {
-		conn, err = worker.Take(groupCtx)
+		conn, err = open(groupCtx)
 		return err
 	})
 	for _, id := range l.build.sessions() {
@@ -165,6 +204,7 @@ func (l *leg) release() {
 // did not finish.
 func (l *leg) end(reason error) {
 	l.ended.Do(func() {
+		l.guests.Wait() // the slot is theirs too
 		if l.attempt != nil {
 			l.attempt.close()
 		}
@@ -173,6 +213,7 @@ func (l *leg) end(reason error) {
 		}
 		l.release()
 		l.ticket.Release(l.index)
+		l.part()
 	})
 }
 

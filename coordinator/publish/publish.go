@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -71,7 +73,7 @@ func (r Registry) Push(ctx context.Context, name string, byDigest bool, c Conten
 
 func (r Registry) resolver(named reference.Named, target string) remotes.Resolver {
 	scope := resolver.ScopeType{Push: true, Insecure: r.Insecure}
-	var hosts docker.RegistryHosts
+	hosts := secureHosts
 	if r.Insecure {
 		yes := true
 		hosts = resolver.NewRegistryConfig(map[string]resolverconfig.RegistryConfig{
@@ -79,6 +81,29 @@ func (r Registry) resolver(named reference.Named, target string) remotes.Resolve
 		})
 	}
 	return resolver.DefaultPool.GetResolver(hosts, target, scope, r.Sessions, session.NewGroup(r.Session))
+}
+
+// secureHosts shares connections between pushes, which BuildKit's default does
+// not: each of its resolvers keeps its own until they have been idle for long.
+// Credentials are not the connection's but each resolver's.
+var secureHosts = docker.ConfigureDefaultRegistries(
+	docker.WithClient(&http.Client{Transport: transport()}),
+	docker.WithPlainHTTP(docker.MatchLocalhost),
+)
+
+// idleConnections to a registry are closed after a while, as registries do.
+const idleConnections = 30 * time.Second
+
+func transport() *http.Transport {
+	return &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		TLSHandshakeTimeout:   10 * time.Second,
+		ExpectContinueTimeout: 5 * time.Second,
+		IdleConnTimeout:       idleConnections,
+		ForceAttemptHTTP2:     true,
+		MaxIdleConnsPerHost:   4,
+	}
 }
 
 func write(ctx context.Context, pusher remotes.Pusher, c Content) error {

@@ -10,11 +10,13 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	bksession "github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/grpchijack"
 	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
@@ -25,6 +27,8 @@ const (
 	headerID        = "x-docker-expose-session-uuid"
 	headerSharedKey = "x-docker-expose-session-sharedkey"
 )
+
+const settleTimeout = time.Second
 
 var headerPrefixes = []string{"x-docker-expose-session-", "x-buildkit-session-"}
 
@@ -97,6 +101,17 @@ func (r *Registry) find(ctx context.Context, id string) (bksession.Caller, metad
 		return nil, nil, status.Errorf(codes.NotFound, "no active session for %s", id)
 	}
 	return caller, meta, nil
+}
+
+// Settle waits, for a second at most, until the client's session answers. A
+// BuildKit client that is refused while it is still opening its session takes
+// ten seconds to close it.
+func (r *Registry) Settle(ctx context.Context, id string) {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	if caller, _, err := r.find(ctx, id); err == nil {
+		_, _ = healthpb.NewHealthClient(caller.Conn()).Check(ctx, &healthpb.HealthCheckRequest{}) // any answer will do
+	}
 }
 
 // SharedKey returns what the client's context sync is keyed by, stable over the

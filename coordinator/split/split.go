@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -61,7 +62,7 @@ func Legs(opt map[string]string) ([]Leg, error) {
 	}
 	var legs []Leg
 	for _, name := range names {
-		p, err := platforms.Parse(strings.TrimSpace(name))
+		p, err := parse(strings.TrimSpace(name))
 		if err != nil {
 			return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: malformed platform %q (want os/arch or os/arch/variant, such as linux/arm64): %v", name, err)
 		}
@@ -79,6 +80,21 @@ func Legs(opt map[string]string) ([]Leg, error) {
 		return legs[:1], nil
 	}
 	return legs, nil
+}
+
+// parse reads one platform. Its parts end up in names of stages and images, so
+// they must begin with a letter or digit, which containerd does not ask for.
+func parse(name string) (ocispecs.Platform, error) {
+	p, err := platforms.Parse(name)
+	if err != nil {
+		return p, err
+	}
+	for _, part := range []string{p.OS, p.Architecture, p.Variant} {
+		if part != "" && !unicode.IsLetter(rune(part[0])) && !unicode.IsDigit(rune(part[0])) {
+			return p, fmt.Errorf("invalid part %q", part)
+		}
+	}
+	return p, nil
 }
 
 // FrontendOpt returns the frontend's options for one leg of several.
