@@ -68,6 +68,7 @@ func registerMetrics(r *prometheus.Registry, farm *dispatch.Farm, version string
 
 var (
 	workersDesc = prometheus.NewDesc("archfarm_worker_state", "1 for the state that an attached worker is in.", []string{"worker", "platform", "state"}, nil)
+	queueDesc   = prometheus.NewDesc("archfarm_queue_depth", "Legs that wait for a worker.", []string{"platform"}, nil)
 	slotsDesc   = prometheus.NewDesc("archfarm_worker_slots", "Slots of an attached worker, free and used.", []string{"worker", "platform", "state"}, nil)
 )
 
@@ -77,9 +78,13 @@ type fleetCollector struct{ farm *dispatch.Farm }
 func (*fleetCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- workersDesc
 	out <- slotsDesc
+	out <- queueDesc
 }
 
 func (c *fleetCollector) Collect(out chan<- prometheus.Metric) {
+	for platform, legs := range c.farm.Scheduler.Waiting() {
+		out <- prometheus.MustNewConstMetric(queueDesc, prometheus.GaugeValue, float64(legs), platform)
+	}
 	for _, w := range c.farm.Scheduler.Snapshot() {
 		platform := schedule.Primary(w)
 		out <- prometheus.MustNewConstMetric(workersDesc, prometheus.GaugeValue, 1, w.Name, platform, w.State.String())

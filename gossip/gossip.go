@@ -88,6 +88,7 @@ type Config struct {
 // Node is this process as a member. Its methods may be called concurrently.
 type Node struct {
 	list    *memberlist.Memberlist
+	role    Role
 	log     *slog.Logger
 	changed chan struct{}
 	// contested is when another address was last seen under our name, in
@@ -113,7 +114,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
-	n := &Node{log: cfg.Logger, changed: make(chan struct{}, 1)}
+	n := &Node{role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1)}
 	mc, err := cfg.memberlist(ctx, n)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)

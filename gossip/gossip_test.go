@@ -70,10 +70,26 @@ func TestNode_WorkersLearnOfCoordinatorsThatTheyWereNotTold(t *testing.T) {
 	t.Parallel()
 	first := start(t, coordinator("one", "192.0.2.1:8372"))
 	start(t, coordinator("two", "farm.example.com:8372", first.Addr()))
+	both := []string{"192.0.2.1:8372", "farm.example.com:8372"}
+	wantCoordinators(t, first, both...)
 	w1 := start(t, worker("one", first.Addr())) // the same name, another role
-	w2 := start(t, worker("two", w1.Addr()))    // by way of a worker
-	for _, n := range []*gossip.Node{w1, w2, first} {
-		wantCoordinators(t, n, "192.0.2.1:8372", "farm.example.com:8372")
+	wantCoordinators(t, w1, both...)
+	w2 := start(t, worker("two", w1.Addr())) // by way of a worker
+	wantCoordinators(t, w2, both...)
+}
+
+// Two that join each other's seed in the same moment exchange states that lack
+// what the other is about to learn.
+func TestNode_AllThatStartAtOnceFindTheCoordinator(t *testing.T) {
+	t.Parallel()
+	for range 5 {
+		c := start(t, coordinator("c", "192.0.2.1:8372"))
+		w1 := start(t, worker("w1", c.Addr()))
+		w2 := start(t, worker("w2", w1.Addr()))
+		w3 := start(t, worker("w3", w2.Addr()))
+		for _, w := range []*gossip.Node{w3, w2, w1} {
+			wantCoordinators(t, w, "192.0.2.1:8372")
+		}
 	}
 }
 

@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"strconv"
 	"time"
+
+	"github.com/hashicorp/memberlist"
 )
 
 const (
@@ -24,24 +26,33 @@ const (
 // keepJoined joins the seeds that are not among the living members, for ever:
 // memberlist forgets a member that was gone for long, so that two halves of a
 // farm that a network failure had parted find together only by their seeds.
-// Those that are living members are left alone, since a join exchanges the whole
-// state, unless they may know our name under another address.
+//
+// Seeds that are living members are left alone, as a join exchanges the whole
+// state, but for two cases: they may know our name under another address, and a
+// worker that knows of no coordinator asks again. Gossip alone would settle both
+// too, with the next exchange of states between the two, in half a minute or
+// more.
 func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Duration) {
 	if len(seeds) == 0 {
 		return
 	}
 	retry := min(firstRetry, interval)
 	for {
+		err := n.join(ctx, seeds)
 		wait := interval
-		if err := n.join(ctx, seeds); err != nil && ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil || n.isLost():
 			wait = retry
 			retry = min(2*retry, interval)
-			n.log.Warn("joining the farm's gossip: trying again", "error", err, "in", wait)
-		} else {
+		case n.isContested():
+			wait = min(contestedRetry, interval)
+		default:
 			retry = min(firstRetry, interval)
 		}
-		if n.isContested() {
-			wait = min(wait, contestedRetry)
+		if err != nil {
+			n.log.Warn("joining the farm's gossip: trying again", "error", err, "in", wait)
 		}
 		// Up to a fifth less, so that the members of a farm that was switched on at
 		// once do not knock at the seeds in step.
@@ -54,7 +65,8 @@ func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Dur
 	}
 }
 
-// join tries every seed that is not a living member. The error is that of the
+// join tries every seed that is not a living member, or every one that is not
+// this member itself if there is reason to. The error is that of the
 // last seed that failed.
 func (n *Node) join(ctx context.Context, seeds []string) (last error) {
 	for _, seed := range seeds {
@@ -75,8 +87,7 @@ func (n *Node) join(ctx context.Context, seeds []string) (last error) {
 	return last
 }
 
-// missing resolves a seed and returns the addresses that no living member, not
-// even this one, has.
+// missing resolves a seed and returns the addresses that are to be joined.
 func (n *Node) missing(ctx context.Context, seed string) ([]string, error) {
 	host, port, err := splitHostPort(seed)
 	if err != nil {
@@ -88,11 +99,12 @@ func (n *Node) missing(ctx context.Context, seed string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("seed %s: %w", seed, err)
 	}
+	members := n.list.Members()
+	if n.isContested() || n.isLost() {
+		members = []*memberlist.Node{n.list.LocalNode()}
+	}
 	living := map[netip.AddrPort]bool{}
-	for _, m := range n.list.Members() {
-		if m != n.list.LocalNode() && n.isContested() {
-			continue
-		}
+	for _, m := range members {
 		if ip, ok := netip.AddrFromSlice(m.Addr); ok {
 			living[netip.AddrPortFrom(ip.Unmap(), m.Port)] = true
 		}
@@ -112,3 +124,6 @@ func (n *Node) isContested() bool {
 	at := n.contested.Load()
 	return at != 0 && time.Since(time.Unix(0, at)) < contestedFor
 }
+
+// isLost tells whether this is a worker that knows no coordinator.
+func (n *Node) isLost() bool { return n.role == Worker && len(n.Coordinators()) == 0 }

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"fmt"
 	"sync"
 
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
@@ -92,6 +93,26 @@ func (s *slots) idle() (bool, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.used == 0, s.changed
+}
+
+// cutOffError tells how many attempts ran when the agent ended.
+type cutOffError int
+
+func (n cutOffError) Error() string {
+	if n == 1 {
+		return "stopped while 1 attempt was running"
+	}
+	return fmt.Sprintf("stopped while %d attempts were running", int(n))
+}
+
+// cutOff is the error of ending right now: nil if no slot is taken.
+func (s *slots) cutOff() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.used == 0 {
+		return nil
+	}
+	return cutOffError(s.used)
 }
 
 func (s *slots) notify() {

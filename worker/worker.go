@@ -15,6 +15,7 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -66,7 +67,8 @@ type agent struct {
 // When ctx is cancelled it drains: nothing new is taken, what runs may end
 // within Config.DrainTimeout. When Config.Stop is closed it does not wait. It
 // returns when all its goroutines have ended: nil after a stop that was asked
-// for, an error if the configuration is wrong or gossip cannot start.
+// for and cut nothing off, an error if attempts still ran, the configuration is
+// wrong, or gossip cannot start.
 func Run(ctx context.Context, cfg Config) error {
 	return run(ctx, cfg, usual)
 }
@@ -82,14 +84,15 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 	}
 
 	// While it drains, the agent works on although ctx is cancelled already.
-	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	life, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	slots := newSlots(cfg.Slots)
 	var owned sync.WaitGroup
 	defer owned.Wait()
-	defer end()
+	defer end(nil)
 	owned.Go(func() {
 		select {
 		case <-cfg.Stop:
-			end()
+			end(slots.cutOff())
 		case <-life.Done():
 		}
 	})
@@ -99,7 +102,7 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 		return fmt.Errorf("worker: %w", err)
 	}
 	defer buildkit.close()
-	a := &agent{cfg: cfg, timing: timing, slots: newSlots(cfg.Slots), buildkit: buildkit, hello: &archfarmv1.Hello{
+	a := &agent{cfg: cfg, timing: timing, slots: slots, buildkit: buildkit, hello: &archfarmv1.Hello{
 		Name: cfg.Name, Platforms: platforms, Version: cfg.Version, Machine: machine,
 	}}
 
@@ -119,30 +122,34 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 	}
 	cfg.Logger.Info("offering this worker to the farm", "worker", cfg.Name,
 		"platforms", platforms, "slots", cfg.Slots, "machine", machine)
-	a.serve(ctx, life, end, newAttachments(a, coordinators, node))
-	return nil
+	return a.serve(ctx, life, end, newAttachments(a, coordinators, node))
 }
 
-// serve works until ctx or life ends, drains, and waits for everything.
-func (a *agent) serve(ctx, life context.Context, end context.CancelFunc, attachments *attachments) {
+// serve works until ctx or life ends, drains, and waits for everything. The
+// first cause that is given to end tells whether attempts were cut off.
+func (a *agent) serve(ctx, life context.Context, end context.CancelCauseFunc, attachments *attachments) error {
 	var tasks sync.WaitGroup
 	tasks.Go(func() { a.buildkit.watch(life, a.slots) })
 	tasks.Go(func() { attachments.run(life) })
 
 	select {
 	case <-ctx.Done():
-		a.drain(life)
+		end(a.drain(life))
 	case <-life.Done():
 	}
-	end()
 	tasks.Wait()
 	a.tunnels.wait()
 	a.cfg.Logger.Info("stopped", "worker", a.cfg.Name)
+	var cut cutOffError
+	if errors.As(context.Cause(life), &cut) {
+		return fmt.Errorf("worker %s: %w", a.cfg.Name, cut)
+	}
+	return nil
 }
 
 // drain takes nothing new and waits for the slots to be free, for as long as the
-// configuration allows and life lasts.
-func (a *agent) drain(life context.Context) {
+// configuration allows and life lasts. It returns an error if time ran out.
+func (a *agent) drain(life context.Context) error {
 	a.slots.drain()
 	report, _ := a.slots.report()
 	a.cfg.Logger.Info("draining: nothing new is taken", "running", report.GetSlots().GetUsed(), "at_most", a.cfg.DrainTimeout)
@@ -151,15 +158,15 @@ func (a *agent) drain(life context.Context) {
 	for {
 		idle, changed := a.slots.idle()
 		if idle {
-			return
+			return nil
 		}
 		select {
 		case <-changed:
 		case <-life.Done():
-			return
+			return nil // whoever ended it has told why
 		case <-timeout.C:
 			a.cfg.Logger.Warn("draining took too long; closing what still runs")
-			return
+			return a.slots.cutOff()
 		}
 	}
 }

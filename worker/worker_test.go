@@ -153,27 +153,42 @@ func TestRun_DrainingTakesNothingNewAndWaitsForWhatRuns(t *testing.T) {
 	r.wantEnd(t)
 }
 
-func TestRun_DrainingEndsWithItsTimeoutOrAtOnce(t *testing.T) {
+func TestRun_AttemptsThatAreCutOffAreAnError(t *testing.T) {
 	t.Parallel()
 	b, c := startBuildkitd(t, socketPath(t)), startCoordinator(t, onLoopback())
-	for name, cfg := range map[string]Config{
-		"timeout": {DrainTimeout: 50 * time.Millisecond},
-		"stop":    {DrainTimeout: time.Hour},
-	} {
-		cfg.BuildKit, cfg.Coordinators = b.addr, []string{c.addr.String()}
-		r := startAgent(t, cfg, hasty)
-		a := c.attach(t)
-		conn := a.open("one", true)
-		r.cancel()
-		if name == "stop" {
+	for name, test := range map[string]struct {
+		timeout time.Duration
+		end     func(*running, *attached)
+	}{
+		"drain timeout": {50 * time.Millisecond, func(r *running, _ *attached) { r.cancel() }},
+		"stop while it drains": {time.Hour, func(r *running, a *attached) {
+			r.cancel()
 			a.wantReport(draining, 1)
 			r.wantRunning(t)
 			r.stop()
-		}
+		}},
+		"stop without a drain": {time.Hour, func(r *running, _ *attached) { r.stop() }},
+	} {
+		r := startAgent(t, Config{DrainTimeout: test.timeout, BuildKit: b.addr, Coordinators: []string{c.addr.String()}}, hasty)
+		a := c.attach(t)
+		conn := a.open("one", true)
+		test.end(r, a)
 		wantEnd(t, conn)
 		conn.Close()
-		r.wantEnd(t)
+		err := receive(t, r.ended, "the agent's end")
+		if err == nil || !strings.Contains(err.Error(), "stopped while 1 attempt was running") {
+			t.Errorf("%s: error %v", name, err)
+		}
 	}
+}
+
+func TestRun_AStopThatCutsNothingOffIsNoError(t *testing.T) {
+	t.Parallel()
+	b, c := startBuildkitd(t, socketPath(t)), startCoordinator(t, onLoopback())
+	r := startAgent(t, Config{BuildKit: b.addr, Coordinators: []string{c.addr.String()}}, hasty)
+	c.attach(t).wantReport(ready, 0)
+	r.stop()
+	r.wantEnd(t)
 }
 
 func TestRun_ALostStreamComesBackAndItsConnectionsLiveOn(t *testing.T) {

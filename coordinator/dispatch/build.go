@@ -8,6 +8,7 @@ package dispatch
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"runtime"
@@ -57,6 +58,7 @@ type Build struct {
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	detach func() bool // from the request
 
 	starting sync.Mutex // one frontend call starts the legs, others wait for it
 
@@ -91,21 +93,22 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 		Progress: progress.NewStream(0), farm: f, req: req, log: f.Log.With("build", req.GetRef()),
 		refs: map[string]*leg{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
 	}
-	b.ctx, b.cancel = context.WithCancelCause(ctx)
+	// The build outlives its request by the rest of its progress; until it has its
+	// answer it ends with the request.
+	b.ctx, b.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	b.detach = context.AfterFunc(ctx, func() { b.cancel(context.Cause(ctx)) })
 	return b, nil
 }
 
 // errEnded is why a leg is stopped that nobody needs any more.
 var errEnded = status.Error(codes.Canceled, "the build has ended")
 
-// End stops whatever still runs, for the reason given, and frees every slot.
-// The progress stream is closed last.
+// End stops whatever still runs, for the reason given, and frees every slot. A
+// leg that has ended by itself gets time to tell the rest of its progress, which
+// is where a failed step's output is. The progress stream is closed last.
 func (b *Build) End(reason error) {
 	defer b.Progress.Close()
 	b.answered.Do(func() { close(b.returned) })
-	if reason != nil {
-		b.cancel(reason)
-	}
 	if !b.starting.TryLock() { // legs that are starting give up now
 		b.cancel(errEnded)
 		b.starting.Lock()
@@ -229,6 +232,7 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg) error {
 			return err
 		}
 	}
+	b.warnOfCaches(all)
 	legs, err := b.place(ctx, all, exporters, exports)
 	if err != nil {
 		return err
@@ -237,6 +241,17 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg) error {
 	defer b.mu.Unlock()
 	b.legs, b.exports = legs, exports
 	return nil
+}
+
+// warnOfCaches says what this version does to a cache that several legs export.
+func (b *Build) warnOfCaches(legs []split.Leg) {
+	for _, e := range b.req.GetCache().GetExports() {
+		if len(legs) > 1 && e.GetType() != "inline" {
+			step := b.Progress.Step(fmt.Sprintf("warning: the %s cache is written by each platform in turn, the last one stays", e.GetType()))
+			step.Start()
+			step.Done(nil)
+		}
+	}
 }
 
 // place gets every leg onto a worker. A platform may lose its last worker, or

@@ -43,11 +43,11 @@ func (bs *Builds) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Bui
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
 	if bs.draining {
-		b.cancel(errEnded)
+		b.discard()
 		return nil, status.Error(codes.Unavailable, "starting a build: this coordinator is draining; try again on another, or in a while")
 	}
 	if _, taken := bs.builds[req.GetRef()]; taken {
-		b.cancel(errEnded)
+		b.discard()
 		return nil, status.Errorf(codes.AlreadyExists, "starting a build: job ID %s already exists", req.GetRef())
 	}
 	bs.builds[req.GetRef()] = b
@@ -59,9 +59,17 @@ func (bs *Builds) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Bui
 	return b, nil
 }
 
+// discard lets go of a build that never began.
+func (b *Build) discard() {
+	b.detach()
+	b.cancel(errEnded)
+	b.Progress.Close()
+}
+
 // End lets go of a build, in the background: its caller can be answered while
 // the rest of its progress is still under way.
 func (bs *Builds) End(b *Build, reason error) {
+	b.detach()
 	go func() {
 		defer bs.running.Done()
 		b.End(reason)

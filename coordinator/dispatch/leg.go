@@ -59,7 +59,7 @@ type leg struct {
 
 	worker   *fleet.Worker
 	attempt  *Attempt
-	releases []func() // session relays
+	releases map[string]func() // session relays, by the session
 	ended    sync.Once
 }
 
@@ -176,6 +176,12 @@ func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
 // that the client never opened is not missed before a step asks for it, and
 // BuildKit says so then.
 func (l *leg) expose(ctx context.Context, id string) error {
+	l.build.mu.Lock()
+	_, known := l.releases[id]
+	l.build.mu.Unlock()
+	if known {
+		return nil
+	}
 	release, err := l.build.farm.Relays.Expose(ctx, sessionWorker{l.worker}, id)
 	if status.Code(err) == codes.NotFound {
 		l.build.log.Info("session not relayed", "session", id, "reason", err)
@@ -186,7 +192,14 @@ func (l *leg) expose(ctx context.Context, id string) error {
 	}
 	l.build.mu.Lock()
 	defer l.build.mu.Unlock()
-	l.releases = append(l.releases, release)
+	if _, known := l.releases[id]; known { // two frontend calls at once
+		release()
+		return nil
+	}
+	if l.releases == nil {
+		l.releases = map[string]func(){}
+	}
+	l.releases[id] = release
 	return nil
 }
 
@@ -225,6 +238,11 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 	if evaluate {
 		req = cloneSolve(req)
 		req.Evaluate = false
+	}
+	for _, id := range localSessions(req.GetFrontendOpt()) {
+		if err := l.expose(ctx, id); err != nil {
+			return nil, l.failed(err, l.worker.Name)
+		}
 	}
 	resp, err := call(ctx, l.attempt, l.attempt.gateway.Solve, req)
 	if err != nil {
@@ -269,8 +287,12 @@ func (l *leg) result(ctx context.Context, part *gwpb.Result, image bool) (export
 		return exported{}, l.failed(err, l.worker.Name)
 	}
 	out := exported{response: resp.GetExporterResponse()}
-	if image {
-		out.leg, err = l.descriptor(ctx, resp.GetExporterResponse())
+	if !image {
+		return out, nil
+	}
+	out.leg, err = l.descriptor(ctx, resp.GetExporterResponse())
+	if lost := l.attempt.conn.Lost(); err != nil && lost != nil {
+		err = l.failed(lost, l.worker.Name)
 	}
 	return out, err
 }

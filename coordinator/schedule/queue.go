@@ -301,3 +301,19 @@ func (s *Scheduler) reasonOf(c *class) string {
 	c.reason, c.reasonEpoch = subject+": "+why, s.epoch+1
 	return c.reason
 }
+
+// Waiting returns how many legs wait, by their platform; "any" for those that any
+// worker may take.
+func (s *Scheduler) Waiting() map[string]int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := map[string]int{}
+	for _, c := range s.classes {
+		name := "any"
+		if !c.key.anywhere {
+			name = platforms.FormatAll(c.demand.Platform)
+		}
+		out[name] += len(c.queue)
+	}
+	return out
+}
