@@ -7,7 +7,6 @@ BIN = bin
 TOOLS = $(BIN)/tools
 # -X main.version; a checkout without a tag or without git still builds.
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo devel)
-GOTESTFLAGS = -timeout 25m
 
 ARCHFARM = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 # Builds a tool of tools/runtime; the version that it reports comes from the go.mod there.
@@ -22,31 +21,30 @@ all: build
 
 build: ## bin/archfarm for this machine: one static binary
 	@mkdir -p $(BIN)
-	$(ARCHFARM) -o $(BIN)/archfarm ./cmd/archfarm
+	@echo "building $(BIN)/archfarm"
+	@$(ARCHFARM) -o $(BIN)/archfarm ./cmd/archfarm
 
 cross: cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 ## bin/archfarm-OS-ARCH for linux/amd64, linux/arm64, darwin/arm64
 
 cross-linux-amd64:
 	@mkdir -p $(BIN)
-	GOOS=linux GOARCH=amd64 $(ARCHFARM) -o $(BIN)/archfarm-linux-amd64 ./cmd/archfarm
+	@echo "building $(BIN)/archfarm-linux-amd64"
+	@GOOS=linux GOARCH=amd64 $(ARCHFARM) -o $(BIN)/archfarm-linux-amd64 ./cmd/archfarm
 cross-linux-arm64:
 	@mkdir -p $(BIN)
-	GOOS=linux GOARCH=arm64 $(ARCHFARM) -o $(BIN)/archfarm-linux-arm64 ./cmd/archfarm
+	@echo "building $(BIN)/archfarm-linux-arm64"
+	@GOOS=linux GOARCH=arm64 $(ARCHFARM) -o $(BIN)/archfarm-linux-arm64 ./cmd/archfarm
 cross-darwin-arm64:
 	@mkdir -p $(BIN)
-	GOOS=darwin GOARCH=arm64 $(ARCHFARM) -o $(BIN)/archfarm-darwin-arm64 ./cmd/archfarm
+	@echo "building $(BIN)/archfarm-darwin-arm64"
+	@GOOS=darwin GOARCH=arm64 $(ARCHFARM) -o $(BIN)/archfarm-darwin-arm64 ./cmd/archfarm
 
 demo: setup build tools arm64vm ## build one image natively on an amd64 and an arm64 machine (root)
 	@deploy/demo.sh
 
 test: setup build tools ## every test; not as root, the end-to-end tests are skipped
 	@if [ "$$(id -u)" = 0 ]; then $(MAKE) -s arm64vm; fi
-	@if [ "$$(id -u)" = 0 ]; then \
-		ARCHFARM_E2E=require ARCHFARM_E2E_ARM64=1 $(GO) test -race -count=1 $(GOTESTFLAGS) ./...; \
-	else \
-		echo "not root: SKIPPING the end-to-end tests, which need a buildkitd and the arm64 machine; run make test as root for them"; \
-		$(GO) test -race -count=1 $(GOTESTFLAGS) ./...; \
-	fi
+	@deploy/test.sh
 
 bench: setup build tools ## the farm beside buildx on its own, side by side (root)
 	$(GO) run ./loadtest/bench
@@ -69,33 +67,42 @@ lint-tools: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc $(TO
 
 $(TOOLS)/buildkitd: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
-	mod=github.com/moby/buildkit; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildkitd
+	@echo "building $@ (once)"
+	@mod=github.com/moby/buildkit; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildkitd
 $(TOOLS)/buildkitd-linux-arm64: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
-	mod=github.com/moby/buildkit; export GOOS=linux GOARCH=arm64; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildkitd
+	@echo "building $@ (once)"
+	@mod=github.com/moby/buildkit; export GOOS=linux GOARCH=arm64; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildkitd
 $(TOOLS)/buildctl: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
-	mod=github.com/moby/buildkit; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildctl
+	@echo "building $@ (once)"
+	@mod=github.com/moby/buildkit; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildctl
 $(TOOLS)/buildx: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
-	mod=github.com/docker/buildx; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildx
+	@echo "building $@ (once)"
+	@mod=github.com/docker/buildx; $(RUNTIME) $(STAMP) -o ../../$@ $$mod/cmd/buildx
 $(TOOLS)/registry: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
-	$(RUNTIME) -ldflags "-s -w" -o ../../$@ github.com/distribution/distribution/v3/cmd/registry
+	@echo "building $@ (once)"
+	@$(RUNTIME) -ldflags "-s -w" -o ../../$@ github.com/distribution/distribution/v3/cmd/registry
 
 $(TOOLS)/buf: tools/lint/go.mod tools/lint/go.sum
 	@mkdir -p $(TOOLS)
-	cd tools/lint && $(LINTER) -o ../../$@ github.com/bufbuild/buf/cmd/buf
+	@echo "building $@ (once)"
+	@cd tools/lint && $(LINTER) -o ../../$@ github.com/bufbuild/buf/cmd/buf
 $(TOOLS)/golangci-lint: tools/golangci/go.mod tools/golangci/go.sum
 	@mkdir -p $(TOOLS)
-	cd tools/golangci && $(LINTER) -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@echo "building $@ (once)"
+	@cd tools/golangci && $(LINTER) -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 # The generators belong to the main module: they must match the runtime that the generated code links with.
 $(TOOLS)/protoc-gen-go: go.mod
 	@mkdir -p $(TOOLS)
-	$(LINTER) -o $@ google.golang.org/protobuf/cmd/protoc-gen-go
+	@echo "building $@ (once)"
+	@$(LINTER) -o $@ google.golang.org/protobuf/cmd/protoc-gen-go
 $(TOOLS)/protoc-gen-go-grpc: go.mod
 	@mkdir -p $(TOOLS)
-	$(LINTER) -o $@ google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	@echo "building $@ (once)"
+	@$(LINTER) -o $@ google.golang.org/grpc/cmd/protoc-gen-go-grpc
 
 clean: ## remove bin/, tools included
 	rm -rf $(BIN)

@@ -11,7 +11,7 @@ import (
 // asStatus makes an error what BuildKit's clients expect. A status that a worker
 // returned passes untouched: its details carry the lines of the Dockerfile.
 func asStatus(ctx context.Context, err error) error {
-	if own, ok := err.(interface{ GRPCStatus() *status.Status }); ok { //nolint:errorlint // of a wrapped one, the text around it would be lost
+	if own, ok := err.(interface{ GRPCStatus() *status.Status }); ok { // not errors.As: of a wrapped one, the text around it would be lost
 		return own.GRPCStatus().Err()
 	}
 	return grpcerrors.ToGRPC(ctx, err)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make demo`: a whole farm on this machine, and one build on it. A registry, a coordinator, an amd64
 # worker, and an arm64 worker in a machine of its own; stock docker buildx builds examples/hello for
-# both through the one endpoint. Checks what was built, cleans up, and fails loudly.
+# both through the one endpoint. Checks what was built, tells it, cleans up, and fails loudly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=$PWD
@@ -16,7 +16,8 @@ logs=$work/logs
 mkdir "$logs"
 export ARM64VM_NAME=arm64-vm ARM64VM_RUN=$work/vm
 pids=() # newest first
-passed=
+passed=''
+interrupted=''
 
 cleanup() {
 	local pid mount
@@ -33,10 +34,13 @@ cleanup() {
 	done
 	# A buildkitd that was killed leaves its mounts.
 	while read -r mount; do umount -l "$mount" || true; done < <(awk -v under="$work/" 'index($5, under) == 1 {print $5}' /proc/self/mountinfo | sort -r)
-	rm -f "$repo"/examples/hello/busybox-{amd64,arm64}
 	if [ -n "$passed" ]; then
 		rm -rf "$work"
 		return
+	fi
+	if [ -n "$interrupted" ]; then
+		rm -rf "$work"
+		exit 130
 	fi
 	find "$work" -mindepth 1 -maxdepth 1 ! -path "$logs" -exec rm -rf {} +
 	echo >&2
@@ -48,9 +52,11 @@ cleanup() {
 	exit 1
 }
 trap cleanup EXIT
-trap 'exit 130' INT TERM
+trap 'interrupted=yes; exit' INT TERM
 
-heading() { printf '\n== %s\n' "$*"; }
+heading() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+[ -t 1 ] || heading() { printf '\n== %s\n' "$*"; }
+row() { printf '   %-12s %-16s %s\n' "$@"; }
 fail() {
 	echo "demo: $*" >&2
 	exit 1
@@ -87,7 +93,11 @@ free_port && farm=$port
 free_port && http=$port
 free_port && gossip=$port
 
-heading "Starting a registry, a coordinator, an amd64 worker and an arm64 machine"
+heading "1. A farm on this machine"
+row registry "$registry" "where the image goes"
+row coordinator "127.0.0.1:$farm" "the only address that docker buildx gets to know"
+row amd64-host worker "this machine: a buildkitd and its agent, on $(uname -sr) $(uname -m)"
+row arm64-vm worker "a virtual arm64 machine, booting now: the same two, on a kernel of its own, behind NAT"
 cat >"$work/registry.yml" <<END
 version: 0.1
 log: {level: warn}
@@ -104,54 +114,67 @@ await 30 "the coordinator" listening "$farm"
 await 60 "buildkitd" test -S "$work/buildkitd.sock"
 spawn amd64-worker "$archfarm" worker --name amd64-host --join "127.0.0.1:$gossip" --gossip 127.0.0.1:0 \
 	--buildkit "unix://$work/buildkitd.sock" --slots 2
-ARM64VM_COORDINATOR=10.0.2.2:$farm deploy/arm64vm/vm.sh start 2>&1 | tee "$logs/arm64-vm.log"
+ARM64VM_COORDINATOR=10.0.2.2:$farm deploy/arm64vm/vm.sh start >>"$logs/arm64-vm.log" 2>&1
 
 workers() { "$archfarm" workers --farm "tcp://127.0.0.1:$farm" "$@"; }
 both_ready() { [ "$(workers --output json | tr -d ' \n\t' | grep -o '"state":"ready"' | wc -l)" = 2 ]; }
 await 60 "both workers" both_ready
+printf '\n$ archfarm workers --farm %s\n' "tcp://127.0.0.1:$farm"
 workers
 
-heading "Building examples/hello for linux/amd64 and linux/arm64, through one endpoint"
+heading "2. Stock docker buildx builds examples/hello for both platforms, through the coordinator"
+export BUILDX_CONFIG=$work/buildx # the user's own builders stay as they are
 if docker buildx version >/dev/null 2>&1; then
 	buildx=(docker buildx)
+elif command -v docker >/dev/null; then
+	# The docker command finds its plugins in its configuration folder.
+	export DOCKER_CONFIG=$work/docker
+	mkdir -p "$DOCKER_CONFIG/cli-plugins"
+	ln -s "$tools/buildx" "$DOCKER_CONFIG/cli-plugins/docker-buildx"
+	buildx=(docker buildx)
+	echo "(docker has no buildx on this machine: lending it the one that make tools built)"
 else
 	buildx=("$tools/buildx")
-	echo "(no docker buildx on this machine: using the one that make tools built)"
+	echo "(no docker on this machine: \"docker buildx\" below is $tools/buildx, which make tools built)"
 fi
-export BUILDX_CONFIG=$work/buildx # the user's own builders stay as they are
-cp "$(command -v busybox)" examples/hello/busybox-amd64
-cp "$(deploy/arm64vm/image.sh)/busybox" examples/hello/busybox-arm64
+buildx() {
+	printf '$ docker buildx %s\n' "$*"
+	(cd "$work" && "${buildx[@]}" "$@") 2>&1
+}
+cp -R examples "$work" # the checkout stays as it is
+cp "$(command -v busybox)" "$work/examples/hello/busybox-amd64"
+cp "$(deploy/arm64vm/image.sh)/busybox" "$work/examples/hello/busybox-arm64"
 image=$registry/hello:latest
-show() { echo "\$ docker ${*/#*\/buildx/buildx}"; }
-show buildx create --name farm --driver remote "tcp://127.0.0.1:$farm"
-"${buildx[@]}" create --name farm --driver remote "tcp://127.0.0.1:$farm" >/dev/null
-# shellcheck disable=SC2054 # the comma separates platforms
-command=(build --builder farm --platform linux/amd64,linux/arm64 --tag "$image" --push
-	--progress plain --metadata-file "$work/metadata.json" examples/hello)
-show buildx "${command[@]}"
-"${buildx[@]}" "${command[@]}" 2>&1 | tee "$logs/build.log"
+buildx create --name farm --driver remote "tcp://127.0.0.1:$farm"
+began=$(date +%s%N)
+buildx build --builder farm --platform linux/amd64,linux/arm64 --tag "$image" --push \
+	--metadata-file metadata.json --progress plain examples/hello | tee "$logs/build.log"
+took=$((($(date +%s%N) - began) / 100000000))
 
-heading "The index in the registry"
-"${buildx[@]}" imagetools inspect "$image"
+heading "3. The index in the registry"
+buildx imagetools inspect "$image" | tee "$logs/index.log"
+echo "(unknown/unknown are the attestations: how each of the two images was built)"
 digest=$(sed -n 's/.*"containerimage.digest": *"\(sha256:[0-9a-f]*\)".*/\1/p' "$work/metadata.json" | head -n 1)
 [ -n "$digest" ] || fail "--metadata-file holds no containerimage.digest"
-inspected=$("${buildx[@]}" imagetools inspect "$image" | sed -n 's/^Digest: *//p')
+inspected=$(sed -n 's/^Digest: *//p' "$logs/index.log")
 [ "$digest" = "$inspected" ] || fail "--metadata-file says $digest, the registry $inspected"
 
-heading "Where each leg ran"
-grep -oE '\[linux/[a-z0-9/]+\] assigned to worker .*' "$logs/build.log" | sort -u || fail "the build's progress does not tell"
-
-heading "What uname said in each leg's RUN step (read from the layers in the registry)"
+heading "4. Where each leg ran, and what uname said in its RUN step"
 go run ./deploy/imagefile "$registry/hello@$digest" /uname >"$work/unames"
-cat "$work/unames"
-printf 'this host\t%s\n' "$(uname -m) $(uname -r)"
+worker() { sed -nE "s,.* \\[linux/$1\\] assigned to worker ([^ ]+) .*,\\1,p" "$logs/build.log" | head -n 1; }
 said() { sed -n "s,^linux/$1	,,p" "$work/unames"; }
-[ "$(said amd64)" = "x86_64 $(uname -r)" ] || fail "linux/amd64 was not built natively on this host"
+row platform worker "the file /uname, read from the image's layer in the registry"
+row linux/amd64 "$(worker amd64)" "$(said amd64)"
+row linux/arm64 "$(worker arm64)" "$(said arm64)"
+row "" "" "(this machine itself: $(uname -m) $(uname -r))"
+[ "$(worker amd64)" = amd64-host ] || fail "the build's progress does not say that linux/amd64 went to amd64-host"
+[ "$(worker arm64)" = arm64-vm ] || fail "the build's progress does not say that linux/arm64 went to arm64-vm"
+[ "$(said amd64)" = "x86_64 $(uname -r)" ] || fail "linux/amd64 was not built natively on this machine"
 read -r machine kernel <<<"$(said arm64)"
 [ "$machine" = aarch64 ] || fail "linux/arm64 was built on '$machine'"
-[ "$kernel" != "$(uname -r)" ] || fail "linux/arm64 ran on this host's kernel, so it was emulated"
+[ "$kernel" != "$(uname -r)" ] || fail "linux/arm64 ran on this machine's kernel, so BuildKit emulated it"
 [ "$kernel" = "$(deploy/arm64vm/vm.sh run uname -r)" ] || fail "linux/arm64 ran on a kernel $kernel that is not the arm64 machine's"
 
 passed=yes
-echo
-echo "One endpoint, two native machines, one index. Nothing was emulated by the farm; cleaning up."
+printf '\nOne Dockerfile, one endpoint, one build of %s s: each leg ran on a machine of its own architecture,\n' "$((took / 10)).$((took % 10))"
+printf 'and %s names one index with both. Cleaning up.\n' "$image"

@@ -8,7 +8,9 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -208,12 +210,59 @@ func TestErrors_RegistryRefusesTheTag(t *testing.T) {
 				return status
 			}})
 			result := r.Client.TryBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), r.legsContext(t))
-			wantFailure(t, result, name, r.registry.Host)
+			wantFailure(t, result, "failed to push "+r.ref("v1")+": ", farmtest.FaultMessage)
+			if strings.Contains(result.Output, "rpc error:") {
+				t.Errorf("the output has words of gRPC:\n%s", result.Output)
+			}
 			if len(refused) == 0 {
 				t.Errorf("nothing tried to write the tag:\n%s", result.Output)
 			}
 			r.wantNoTags(t)
 		})
+	}
+}
+
+// TestErrors_ARegistryThatFailsOnceIsAskedAgain checks that a hiccup, as registries have them, costs nobody a build.
+func TestErrors_ARegistryThatFailsOnceIsAskedAgain(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusServiceUnavailable} {
+		t.Run(strconv.Itoa(status), func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			var asked atomic.Int64
+			r.registry = farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{Fault: func(request *http.Request) int {
+				if farmtest.PutsTag(request) && asked.Add(1) == 1 {
+					return status
+				}
+				return 0
+			}})
+			r.Client.Build(t, "--platform", both, "--push", "-t", r.ref("v1"), r.legsContext(t))
+			wantList(t, "platforms", r.registry.Index(t, r.repo, "v1").Platforms(), "linux/amd64", "linux/arm64")
+			if asked.Load() < 2 {
+				t.Errorf("the tag was written %d times: nothing failed", asked.Load())
+			}
+		})
+	}
+}
+
+// TestErrors_TheSecondRepositoryRefuses checks that a user is told which names have moved when not all could.
+func TestErrors_TheSecondRepositoryRefuses(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	other := newRepo(t)
+	r.registry = farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{Fault: func(request *http.Request) int {
+		if farmtest.PutsTag(request) && strings.Contains(request.URL.Path, "/"+other+"/") {
+			return http.StatusForbidden
+		}
+		return 0
+	}})
+	refused := r.registry.Host + "/" + other + ":v1"
+	result := r.Client.TryBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), "-t", r.ref("v2"), "-t", refused, r.legsContext(t))
+	wantFailure(t, result, farmtest.FaultMessage, refused)
+	wantList(t, "tags of the first repository", r.registry.Tags(t, r.repo), "v1", "v2")
+	wantList(t, "tags of the second repository", r.registry.Tags(t, other))
+	if published := "published before that: " + r.ref("v1") + ", " + r.ref("v2"); !direct() && !strings.Contains(result.Output, published) {
+		t.Errorf("the output does not say %q:\n%s", published, result.Output)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"regexp"
 	"slices"
@@ -206,17 +207,21 @@ func TestLeak_GoroutinesOfTheCoordinatorGoBackToTheirBase(t *testing.T) {
 	})
 }
 
-// settledGoroutines reads the coordinator's number of goroutines when it has stopped changing.
+// settledGoroutines is the coordinator's number of goroutines at rest: the least of a second, once that stays the same for
+// another. Between its rests there are those that gossip and these questions need for a moment.
 func (r rig) settledGoroutines(t *testing.T) int {
 	t.Helper()
-	last, same := r.goroutines(t), 0
+	const second = 20 // questions
+	least, last, asked := math.MaxInt, math.MaxInt, 0
 	farmtest.Eventually(t, startLimit, "the number of goroutines settles", func() (string, bool) {
 		now := r.goroutines(t)
-		if now != last {
-			last, same = now, 0
+		least = min(least, now)
+		if asked++; asked < second {
+			return strconv.Itoa(now), false
 		}
-		same++
-		return strconv.Itoa(now), same > 20 // a second
+		settled := least == last
+		last, least, asked = least, math.MaxInt, 0
+		return strconv.Itoa(now), settled
 	})
 	return last
 }

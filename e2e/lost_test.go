@@ -44,15 +44,76 @@ func TestLost_WorkerMidBuildIsNamed(t *testing.T) {
 			if code := build.Wait(t, 20*time.Second); code == 0 {
 				t.Fatalf("the build succeeded without its worker:\n%s", build.Output())
 			}
-			last := build.Output()[strings.LastIndex(build.Output(), "ERROR:"):]
-			for _, want := range []string{"amd-1", "linux/amd64"} {
-				if !strings.Contains(last, want) {
-					t.Errorf("the error does not name %s: %s", want, last)
-				}
-			}
+			wantLost(t, build, "amd-1", "linux/amd64")
 			r.wantNoTags(t)
 			r.Farm.WaitWorkersWithin(t, goneLimit, "the other worker's slot is free", idle)
 		})
+	}
+}
+
+// frozenLimit is how soon a worker that has stopped without a word must have been noticed.
+const frozenLimit = 15 * time.Second
+
+// TestLost_AFrozenWorkerIsNamed stops a worker's agent as a machine that hangs does: its connections stay open.
+func TestLost_AFrozenWorkerIsNamed(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, oneSlot(), farmtest.WorkerSpec{Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1})
+	build, gate := r.atGate(t, "v1", both)
+	agent := r.Farm.Workers[0].Agent
+	agent.Signal(syscall.SIGSTOP)
+	t.Cleanup(func() { agent.Signal(syscall.SIGCONT) }) // so that it can be stopped
+	if code := build.Wait(t, frozenLimit); code == 0 {
+		t.Fatalf("the build succeeded without its worker:\n%s", build.Output())
+	}
+	wantLost(t, build, "amd-1", "linux/amd64")
+	r.wantNoTags(t)
+	r.Farm.WaitWorkersWithin(t, goneLimit, "no slot is in use", idle)
+	list, err := r.Farm.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w, known := farmtest.Find(list, "amd-1"); known && w.State == farmtest.Ready {
+		t.Errorf("a frozen worker is called ready: %+v", w)
+	}
+
+	agent.Signal(syscall.SIGCONT)
+	gate.WaitKilled(t, frozenLimit) // by the agent, which finds that nobody wants the attempt any more
+	r.Farm.WaitWorkers(t, "the worker is back with its slot free", func(list []farmtest.WorkerStatus) bool {
+		w, known := farmtest.Find(list, "amd-1")
+		return known && w.State == farmtest.Ready && w.Slots.Used == 0
+	})
+	r.buildsAMD64(t, "after")
+}
+
+// TestLost_AFrozenBuildkitdIsNoticed stops a worker's buildkitd: its agent sees that it does not answer.
+func TestLost_AFrozenBuildkitdIsNoticed(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, oneSlot())
+	daemon := r.Farm.Workers[0].Buildkitd
+	daemon.Signal(syscall.SIGSTOP)
+	t.Cleanup(func() { daemon.Signal(syscall.SIGCONT) })
+	const patience = 45 * time.Second // the agent's: a daemon that builds with all cores is slow, not frozen
+	r.Farm.WaitWorkersWithin(t, patience, "the worker takes nothing", func(list []farmtest.WorkerStatus) bool {
+		w, known := farmtest.Find(list, "amd-1")
+		return known && w.State == "unavailable"
+	})
+	waiting := r.Client.StartBuild(t, "--platform", "linux/amd64", "--push", "-t", r.ref("v1"), r.legsContext(t))
+	waiting.WaitOutput(t, startLimit, "a progress step about the queue", lineAbout("queue"))
+	daemon.Signal(syscall.SIGCONT)
+	if code := waiting.Wait(t, buildLimit); code != 0 {
+		t.Errorf("exit code %d:\n%s", code, waiting.Output())
+	}
+	r.checkLeg(t, r.registry.Index(t, r.repo, "v1"), "linux/amd64", "x86_64\n")
+}
+
+// wantLost checks that a build's error names the worker and the leg that were lost.
+func wantLost(t *testing.T, build *farmtest.Process, names ...string) {
+	t.Helper()
+	last := build.Output()[max(0, strings.LastIndex(build.Output(), "ERROR:")):]
+	for _, want := range names {
+		if !strings.Contains(last, want) {
+			t.Errorf("the error does not name %s: %s", want, last)
+		}
 	}
 }
 

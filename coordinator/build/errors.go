@@ -84,7 +84,7 @@ func (e *LegError) Error() string {
 		fmt.Fprintf(&b, " (attempt %d)", e.Attempt)
 	}
 	b.WriteString(": ")
-	b.WriteString(message(e.Err))
+	b.WriteString(Message(e.Err))
 	return b.String()
 }
 
@@ -126,7 +126,7 @@ func (e *LostError) Error() string {
 	if e.Cause == nil {
 		return "worker " + e.Worker + " was lost"
 	}
-	return "worker " + e.Worker + " was lost: " + message(e.Cause)
+	return "worker " + e.Worker + " was lost: " + Message(e.Cause)
 }
 
 // Unwrap returns the cause.
@@ -137,9 +137,9 @@ func (e *LostError) GRPCStatus() *status.Status {
 	return status.New(codes.Unavailable, e.Error())
 }
 
-// message is err's text without the "rpc error: code = … desc = " that gRPC puts
+// Message is err's text without the "rpc error: code = … desc = " that gRPC puts
 // before a status' message: the code travels beside the text, and people read the text.
-func message(err error) string {
+func Message(err error) string {
 	if err == nil {
 		return "unknown error"
 	}

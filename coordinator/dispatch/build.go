@@ -89,6 +89,10 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 			return nil, err
 		}
 	}
+	return f.newBuild(ctx, req), nil
+}
+
+func (f *Farm) newBuild(ctx context.Context, req *controlapi.SolveRequest) *Build {
 	b := &Build{
 		Progress: progress.NewStream(0), farm: f, req: req, log: f.Log.With("build", req.GetRef()),
 		refs: map[string]*leg{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
@@ -97,7 +101,7 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 	// answer it ends with the request.
 	b.ctx, b.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	b.detach = context.AfterFunc(ctx, func() { b.cancel(context.Cause(ctx)) })
-	return b, nil
+	return b
 }
 
 // errEnded is why a leg is stopped that nobody needs any more.

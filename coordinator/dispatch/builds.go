@@ -37,32 +37,71 @@ func (bs *Builds) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Bui
 		return nil, status.Error(codes.InvalidArgument, "starting a build: the request has no Ref")
 	}
 	b, err := bs.farm.Begin(ctx, req)
+	if err == nil {
+		err = bs.admit(b)
+	}
 	if err != nil {
+		bs.refuse(ctx, req.GetRef(), err)
 		return nil, err
-	}
-	bs.mu.Lock()
-	defer bs.mu.Unlock()
-	if bs.draining {
-		b.discard()
-		return nil, status.Error(codes.Unavailable, "starting a build: this coordinator is draining; try again on another, or in a while")
-	}
-	if _, taken := bs.builds[req.GetRef()]; taken {
-		b.discard()
-		return nil, status.Errorf(codes.AlreadyExists, "starting a build: job ID %s already exists", req.GetRef())
-	}
-	bs.builds[req.GetRef()] = b
-	bs.running.Add(1)
-	if waiting, ok := bs.arrival[req.GetRef()]; ok {
-		close(waiting)
-		delete(bs.arrival, req.GetRef())
 	}
 	return b, nil
 }
 
+// admit adds a build, or lets go of it and says why.
+func (bs *Builds) admit(b *Build) (err error) {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	ref := b.req.GetRef()
+	switch _, taken := bs.builds[ref]; {
+	case bs.draining:
+		err = status.Error(codes.Unavailable, "starting a build: this coordinator is draining; try again on another, or in a while")
+	case taken:
+		err = status.Errorf(codes.AlreadyExists, "starting a build: job ID %s already exists", ref)
+	default:
+		bs.running.Add(1)
+		bs.put(b)
+		return nil
+	}
+	b.discard(err)
+	return err
+}
+
+// refuse leaves an ended build in the place of one that was refused: its client
+// has asked for progress already, and would wait for that in vain.
+func (bs *Builds) refuse(ctx context.Context, ref string, reason error) {
+	b := bs.farm.newBuild(ctx, &controlapi.SolveRequest{Ref: ref})
+	b.discard(reason)
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	if _, taken := bs.builds[ref]; !taken {
+		bs.put(b)
+		bs.forget(b)
+	}
+}
+
+// put makes a build known, also to those who wait for it. bs.mu is held.
+func (bs *Builds) put(b *Build) {
+	ref := b.req.GetRef()
+	bs.builds[ref] = b
+	if waiting, ok := bs.arrival[ref]; ok {
+		close(waiting)
+		delete(bs.arrival, ref)
+	}
+}
+
+// forget removes an ended build in a while.
+func (bs *Builds) forget(b *Build) {
+	time.AfterFunc(lingering, func() {
+		bs.mu.Lock()
+		defer bs.mu.Unlock()
+		delete(bs.builds, b.req.GetRef())
+	})
+}
+
 // discard lets go of a build that never began.
-func (b *Build) discard() {
+func (b *Build) discard(reason error) {
 	b.detach()
-	b.cancel(errEnded)
+	b.cancel(reason)
 	b.Progress.Close()
 }
 
@@ -73,11 +112,7 @@ func (bs *Builds) End(b *Build, reason error) {
 	go func() {
 		defer bs.running.Done()
 		b.End(reason)
-		time.AfterFunc(lingering, func() {
-			bs.mu.Lock()
-			defer bs.mu.Unlock()
-			delete(bs.builds, b.req.GetRef())
-		})
+		bs.forget(b)
 	}()
 }
 

@@ -222,7 +222,7 @@ func (l *leg) end(reason error) {
 			l.attempt.close()
 		}
 		if reason != nil {
-			l.build.publish(l.log.Fail(time.Now(), reason.Error()))
+			l.build.publish(l.log.Fail(time.Now(), build.Message(reason)))
 		}
 		l.release()
 		l.ticket.Release(l.index)

@@ -6,15 +6,16 @@ package fleet
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/containerd/platforms"
 	"google.golang.org/grpc/codes"
@@ -34,6 +35,10 @@ const (
 	maxPlatforms  = 64
 	maxNameLength = 128
 	maxSlots      = 1024
+	// maxText bounds what an agent may say in words: versions, reasons, refusals.
+	maxText = 512
+	// outboxSize is how many Opens may wait to be sent; who asks for more waits.
+	outboxSize = 64
 )
 
 // ErrNoSlot is why Dial fails when the agent has given its slots to others.
@@ -50,6 +55,8 @@ type Fleet struct {
 	mu      sync.Mutex
 	workers map[string]*Worker // by name
 	pending map[string]chan net.Conn
+	conns   map[string]map[*Conn]struct{} // open ones, by the worker's name
+	orphans map[string]*time.Timer        // of names whose agent has left; severs their conns
 	serial  uint64
 	closed  chan struct{}
 }
@@ -57,11 +64,14 @@ type Fleet struct {
 // New returns a fleet without workers. Changed is called after every change of
 // the set, or of one worker's report, with all workers by name; calls do not overlap.
 func New(log *slog.Logger, changed func([]*Worker)) *Fleet {
-	return &Fleet{log: log, changed: changed, workers: map[string]*Worker{}, pending: map[string]chan net.Conn{}, closed: make(chan struct{})}
+	return &Fleet{
+		log: log, changed: changed, workers: map[string]*Worker{}, pending: map[string]chan net.Conn{},
+		conns: map[string]map[*Conn]struct{}{}, orphans: map[string]*time.Timer{}, closed: make(chan struct{}),
+	}
 }
 
-// Close ends every agent's stream: the agents look for another coordinator. It
-// must be called once.
+// Close ends every agent's stream: the agents look for another coordinator.
+// Connections stay as they are. It must be called once.
 func (f *Fleet) Close() { close(f.closed) }
 
 // Workers returns the attached workers by name.
@@ -121,7 +131,7 @@ func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
 	}
 	f.add(w)
 	f.log.Info("worker attached", "worker", w.Name, "platforms", w.platformNames, "slots", w.report.GetSlots().GetTotal(), "version", w.Version, "buildkit", w.BuildKitVersion)
-	err = f.receive(w, stream)
+	err = f.serve(w, stream)
 	f.remove(w)
 	f.log.Info("worker detached", "worker", w.Name, "reason", err)
 	return err
@@ -138,12 +148,13 @@ func (f *Fleet) newWorker(hello *archfarmv1.Hello, stream archfarmv1.AgentServic
 	if n := len(hello.GetPlatforms()); n == 0 || n > maxPlatforms {
 		return nil, status.Errorf(codes.InvalidArgument, "attaching worker %s: %d platforms, want 1 to %d", hello.GetName(), n, maxPlatforms)
 	}
-	if hello.GetReport().GetSlots().GetTotal() > maxSlots {
-		return nil, status.Errorf(codes.InvalidArgument, "attaching worker %s: %d slots, at most %d are possible", hello.GetName(), hello.GetReport().GetSlots().GetTotal(), maxSlots)
+	report, err := checkReport(hello.GetReport())
+	if err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "attaching worker %s: %v", hello.GetName(), err)
 	}
 	w := &Worker{
-		Name: hello.GetName(), Version: hello.GetVersion(), BuildKitVersion: hello.GetBuildkitVersion(), Machine: hello.GetMachine(),
-		Since: time.Now(), fleet: f, report: hello.GetReport(), reported: time.Now(), outbox: make(chan *archfarmv1.AttachResponse, 64), gone: make(chan struct{}),
+		Name: hello.GetName(), Version: text(hello.GetVersion()), BuildKitVersion: text(hello.GetBuildkitVersion()), Machine: text(hello.GetMachine()),
+		Since: time.Now(), fleet: f, report: report, reported: time.Now(), outbox: make(chan *archfarmv1.AttachResponse, outboxSize), gone: make(chan struct{}),
 	}
 	for _, name := range hello.GetPlatforms() {
 		p, err := platforms.Parse(name)
@@ -172,22 +183,36 @@ func checkName(name string) error {
 	return nil
 }
 
-// receive handles one agent's messages and sends the coordinator's, until the
-// stream ends or the agent has been silent for too long.
-func (f *Fleet) receive(w *Worker, stream archfarmv1.AgentService_AttachServer) error {
-	messages, failed := make(chan *archfarmv1.AttachRequest), make(chan error, 1)
-	go func() { // ends with the stream, which ends when Attach returns
-		for {
-			m, err := stream.Recv()
-			if err != nil {
-				failed <- err
-				return
-			}
-			select {
-			case messages <- m:
-			case <-stream.Context().Done():
-				return
-			}
+// checkReport bounds what an agent says of the present.
+func checkReport(r *archfarmv1.Report) (*archfarmv1.Report, error) {
+	slots := r.GetSlots()
+	if slots.GetTotal() > maxSlots || slots.GetUsed() > maxSlots {
+		return nil, fmt.Errorf("%d of %d slots used, at most %d are possible", slots.GetUsed(), slots.GetTotal(), maxSlots)
+	}
+	return &archfarmv1.Report{Slots: slots, State: r.GetState(), Reason: text(r.GetReason())}, nil
+}
+
+// text makes an agent's words fit for errors, logs and tables.
+func text(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s[:min(len(s), maxText)])
+	return strings.TrimSpace(s)
+}
+
+// serve handles one agent's messages and sends the coordinator's, until the
+// stream ends or the agent has been silent for too long. Its goroutines end with
+// the stream, which ends when Attach returns. Sending is one of them, since an
+// agent that does not read must not keep its silence from being noticed.
+func (f *Fleet) serve(w *Worker, stream archfarmv1.AgentService_AttachServer) error {
+	messages, failed := make(chan *archfarmv1.AttachRequest), make(chan error, 2)
+	go func() { failed <- receive(stream, messages) }()
+	go func() {
+		if err := send(stream, w.outbox); err != nil {
+			failed <- err
 		}
 	}()
 	silence := time.NewTimer(lostAfter)
@@ -196,33 +221,68 @@ func (f *Fleet) receive(w *Worker, stream archfarmv1.AgentService_AttachServer) 
 		select {
 		case m := <-messages:
 			silence.Reset(lostAfter)
-			f.handle(w, m)
-		case m := <-w.outbox:
-			if err := stream.Send(m); err != nil {
+			if err := f.handle(w, m); err != nil {
 				return err
 			}
 		case err := <-failed:
+			if errors.Is(err, io.EOF) { // an orderly end
+				return nil
+			}
 			return err
 		case <-w.gone: // replaced by a newer stream of the same name
 			return status.Errorf(codes.Aborted, "another agent attached as %s: worker names must be unique", w.Name)
 		case <-f.closed:
 			return status.Error(codes.Unavailable, "this coordinator is stopping")
 		case <-silence.C:
-			w.sever(fmt.Errorf("no heartbeat for %s", lostAfter))
+			f.sever(w.Name, fmt.Errorf("no heartbeat for %s", lostAfter))
 			return status.Errorf(codes.DeadlineExceeded, "no report for %s", lostAfter)
 		}
 	}
 }
 
-func (f *Fleet) handle(w *Worker, m *archfarmv1.AttachRequest) {
+// receive passes the agent's messages on. It returns io.EOF after the last.
+func receive(stream archfarmv1.AgentService_AttachServer, messages chan<- *archfarmv1.AttachRequest) error {
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		select {
+		case messages <- m:
+		case <-stream.Context().Done():
+			return context.Cause(stream.Context())
+		}
+	}
+}
+
+// send returns nil when the stream has ended, which receive explains better.
+func send(stream archfarmv1.AgentService_AttachServer, outbox <-chan *archfarmv1.AttachResponse) error {
+	for {
+		select {
+		case m := <-outbox:
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		case <-stream.Context().Done():
+			return nil
+		}
+	}
+}
+
+func (f *Fleet) handle(w *Worker, m *archfarmv1.AttachRequest) error {
 	switch m := m.GetMessage().(type) {
 	case *archfarmv1.AttachRequest_Report:
+		report, err := checkReport(m.Report)
+		if err != nil {
+			return status.Errorf(codes.InvalidArgument, "reading the report of worker %s: %v", w.Name, err)
+		}
 		f.mu.Lock()
-		w.report, w.reported = m.Report, time.Now()
+		w.report, w.reported = report, time.Now()
 		f.notify()
 	case *archfarmv1.AttachRequest_Refused:
 		w.refuse(m.Refused)
 	}
+	return nil
 }
 
 // notify calls changed with the set as it is, in order; it unlocks.
@@ -238,50 +298,23 @@ func (f *Fleet) add(w *Worker) {
 	if old, ok := f.workers[w.Name]; ok {
 		old.leave()
 	}
+	if timer, ok := f.orphans[w.Name]; ok { // it is back: its heartbeats vouch for what is open, too
+		timer.Stop()
+		delete(f.orphans, w.Name)
+	}
 	f.workers[w.Name] = w
 	f.notify()
 }
 
+// remove lets go of a worker. Its connections may outlive its agent's stream,
+// but not for longer than an agent may be silent.
 func (f *Fleet) remove(w *Worker) {
 	w.leave()
+	w.closeControl()
 	f.mu.Lock()
 	if f.workers[w.Name] == w {
 		delete(f.workers, w.Name)
+		f.orphans[w.Name] = time.AfterFunc(lostAfter, func() { f.disown(w.Name) })
 	}
 	f.notify()
-}
-
-// Accept takes a connection that an agent dialed back. One that nobody waits
-// for is closed: its id was guessed, or came too late.
-func (f *Fleet) Accept(id string, conn net.Conn) {
-	f.mu.Lock()
-	waiting, ok := f.pending[id]
-	delete(f.pending, id)
-	f.mu.Unlock()
-	if !ok {
-		f.log.Warn("connection dialed back that nobody asked for", "peer", conn.RemoteAddr().String())
-		_ = conn.Close()
-		return
-	}
-	waiting <- conn // has room for one
-}
-
-func (f *Fleet) expect() (string, chan net.Conn) {
-	id, back := rand.Text(), make(chan net.Conn, 1)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.pending[id] = back
-	return id, back
-}
-
-// forget stops waiting for a connection, and closes it if it has come meanwhile.
-func (f *Fleet) forget(id string, back chan net.Conn) {
-	f.mu.Lock()
-	delete(f.pending, id)
-	f.mu.Unlock()
-	select {
-	case conn := <-back:
-		_ = conn.Close()
-	default:
-	}
 }

@@ -43,8 +43,7 @@ type Worker struct {
 
 	mu      sync.Mutex
 	asked   map[string]chan<- error // Opens not answered yet, by connection id
-	conns   map[*Conn]struct{}
-	control *Conn // shared, for calls that belong to no attempt
+	control *Conn                   // shared, for calls that belong to no attempt
 }
 
 // ID is unique to this stay of the worker in the fleet.
@@ -70,7 +69,8 @@ func (w *Worker) Dial(ctx context.Context) (*Conn, error) { return w.dial(ctx, f
 func (w *Worker) Take(ctx context.Context) (*Conn, error) { return w.dial(ctx, true) }
 
 // Control returns a connection, shared by all callers, for short calls that
-// belong to no attempt. It is opened at first use and again when it broke.
+// belong to no attempt. It is opened at first use and again when it broke, and
+// ends when the worker leaves the fleet.
 func (w *Worker) Control(ctx context.Context) (*Conn, error) {
 	w.mu.Lock()
 	conn := w.control
@@ -82,14 +82,46 @@ func (w *Worker) Control(ctx context.Context) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	shared, surplus := w.share(fresh)
+	if surplus != nil {
+		_ = surplus.Close()
+	}
+	if shared == nil {
+		return nil, w.left()
+	}
+	return shared, nil
+}
+
+// share makes a fresh connection the one that Control returns, unless somebody
+// was quicker or the worker has left meanwhile (nil). Surplus is to be closed.
+func (w *Worker) share(fresh *Conn) (shared, surplus *Conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.control != nil && w.control.Lost() == nil { // somebody was quicker
-		_ = fresh.Close()
-		return w.control, nil
+	select {
+	case <-w.gone:
+		return nil, fresh
+	default:
 	}
-	w.control = fresh
-	return fresh, nil
+	if w.control != nil && w.control.Lost() == nil {
+		return w.control, fresh
+	}
+	surplus, w.control = w.control, fresh
+	return fresh, surplus
+}
+
+// closeControl ends the shared connection of a worker that has left.
+func (w *Worker) closeControl() {
+	w.mu.Lock()
+	conn := w.control
+	w.control = nil
+	w.mu.Unlock()
+	if conn != nil {
+		_ = conn.Close()
+	}
+}
+
+func (w *Worker) left() error {
+	return &build.LostError{Worker: w.Name, Cause: errors.New("its agent left")}
 }
 
 func (w *Worker) dial(ctx context.Context, takesSlot bool) (*Conn, error) {
@@ -114,13 +146,11 @@ func (w *Worker) dial(ctx context.Context, takesSlot bool) (*Conn, error) {
 		_ = raw.Close()
 		return nil, fmt.Errorf("connecting to BuildKit on worker %s: %w", w.Name, err)
 	}
-	conn.ClientConn.Connect()
-	w.mu.Lock()
-	if w.conns == nil {
-		w.conns = map[*Conn]struct{}{}
+	if !w.fleet.keep(conn) {
+		_ = conn.Close()
+		return nil, w.left()
 	}
-	w.conns[conn] = struct{}{}
-	w.mu.Unlock()
+	conn.ClientConn.Connect()
 	return conn, nil
 }
 
@@ -140,7 +170,7 @@ func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
 	select {
 	case w.outbox <- request:
 	case <-w.gone:
-		return nil, &build.LostError{Worker: w.Name, Cause: errors.New("its agent left")}
+		return nil, w.left()
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
@@ -150,7 +180,7 @@ func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
 	case err := <-refused:
 		return nil, err
 	case <-w.gone:
-		return nil, &build.LostError{Worker: w.Name, Cause: errors.New("its agent left")}
+		return nil, w.left()
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
@@ -185,87 +215,6 @@ func (w *Worker) refuse(r *archfarmv1.Refused) {
 	case archfarmv1.Refused_CAUSE_NO_SLOT, archfarmv1.Refused_CAUSE_DRAINING:
 		refused <- ErrNoSlot
 	default:
-		refused <- status.Errorf(codes.Unavailable, "worker %s: %s", w.Name, r.GetMessage())
+		refused <- status.Errorf(codes.Unavailable, "worker %s: %s", w.Name, text(r.GetMessage()))
 	}
-}
-
-// sever ends every connection to a worker that stopped answering: its own end
-// will not notice for hours.
-func (w *Worker) sever(cause error) {
-	w.mu.Lock()
-	conns := make([]*Conn, 0, len(w.conns))
-	for c := range w.conns {
-		conns = append(conns, c)
-	}
-	w.mu.Unlock()
-	for _, c := range conns {
-		c.fail(cause)
-		_ = c.raw.Close()
-	}
-}
-
-// Conn is a connection to one worker's BuildKit.
-type Conn struct {
-	*grpc.ClientConn
-	worker *Worker
-	raw    net.Conn
-
-	mu     sync.Mutex
-	closed bool
-	lost   error
-	down   chan struct{}
-}
-
-// Close ends the connection and thereby frees its slot.
-func (c *Conn) Close() error {
-	c.mu.Lock()
-	c.closed = true
-	c.mu.Unlock()
-	c.worker.mu.Lock()
-	delete(c.worker.conns, c)
-	c.worker.mu.Unlock()
-	err := c.ClientConn.Close()
-	if rawErr := c.raw.Close(); err == nil && !errors.Is(rawErr, net.ErrClosed) { // gRPC closes it only once it has used it
-		err = rawErr
-	}
-	return err
-}
-
-// Lost returns a *build.LostError when the connection ended otherwise than by
-// Close: the worker, its agent or its buildkitd is gone. It tells an
-// Unavailable of the connection from one that a step returned.
-func (c *Conn) Lost() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.lost == nil {
-		return nil
-	}
-	return &build.LostError{Worker: c.worker.Name, Cause: c.lost}
-}
-
-// Down is closed when the connection is lost.
-func (c *Conn) Down() <-chan struct{} { return c.down }
-
-func (c *Conn) fail(cause error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed || c.lost != nil {
-		return
-	}
-	c.lost = cause
-	close(c.down)
-}
-
-// watchedConn notices the end of the connection where it happens, in a read.
-type watchedConn struct {
-	net.Conn
-	owner *Conn
-}
-
-func (c *watchedConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if err != nil {
-		c.owner.fail(fmt.Errorf("its BuildKit connection ended: %w", err))
-	}
-	return n, err
 }

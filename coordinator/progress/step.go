@@ -8,6 +8,8 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/archfarm/archfarm/coordinator/build"
 )
 
 // Step is a vertex of the farm's own in a Stream. It is safe for concurrent
@@ -96,7 +98,7 @@ func (t *Step) Status(id, text string) {
 func (t *Step) Done(err error) {
 	reason := ""
 	if err != nil {
-		reason = validText(err.Error())
+		reason = validText(build.Message(err))
 	}
 	t.complete(&controlapi.Vertex{Error: reason})
 }

@@ -2,11 +2,14 @@ package progress_test
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
 	"github.com/archfarm/archfarm/coordinator/progress"
 	controlapi "github.com/moby/buildkit/api/services/control"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -58,6 +61,19 @@ func TestStep_FromStartToDone(t *testing.T) {
 			{Vertex: d, Timestamp: at(3), Stream: 2, Msg: []byte("still\n")},
 		},
 	})
+}
+
+func TestStep_ErrorIsShownWithoutGRPCsWords(t *testing.T) {
+	t.Parallel()
+	got := play(t, func(s *progress.Stream) {
+		s.Step("pushing").Done(status.Error(codes.PermissionDenied, "the registry refuses"))
+		s.Step("placing").Done(fmt.Errorf("linux/arm64: %w", status.Error(codes.Unavailable, "gone")))
+	})
+	for i, want := range []string{"the registry refuses", "linux/arm64: gone"} {
+		if reason := got.Vertexes[i].Error; reason != want {
+			t.Errorf("error %q, want %q", reason, want)
+		}
+	}
 }
 
 func TestStep_StatusLineIsReplacedAndCompleted(t *testing.T) {

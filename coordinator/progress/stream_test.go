@@ -147,7 +147,7 @@ func TestFollow_ReturnsTheErrorOfSend(t *testing.T) {
 	s := progress.NewStream(0)
 	s.Publish(vertex("a"))
 	why := errors.New("broken pipe")
-	if err := s.Follow(t.Context(), func(*controlapi.StatusResponse) error { return why }); err != why {
+	if err := s.Follow(t.Context(), func(*controlapi.StatusResponse) error { return why }); !errors.Is(err, why) {
 		t.Errorf("got %v, want %v", err, why)
 	}
 }

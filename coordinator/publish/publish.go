@@ -3,14 +3,17 @@
 package publish
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
@@ -47,7 +50,7 @@ type Registry struct {
 // Push makes a reference point at the content: a tag ("latest" when it has
 // none), or just the digest. Pushing what is there already changes nothing. An
 // error carries PermissionDenied when the registry refuses the client,
-// Unavailable when it fails itself.
+// Unavailable when it fails itself or cannot be reached, after a few tries.
 func (r Registry) Push(ctx context.Context, name string, byDigest bool, c Content) error {
 	named, err := reference.ParseNormalizedNamed(name)
 	if err != nil {
@@ -115,14 +118,8 @@ func write(ctx context.Context, pusher remotes.Pusher, c Content) error {
 		return err
 	}
 	defer writer.Close()
-	if _, err := writer.Write(c.Blob); err != nil {
-		return err
-	}
-	err = writer.Commit(ctx, c.Descriptor.Size, c.Descriptor.Digest)
-	if errors.Is(err, cerrdefs.ErrAlreadyExists) {
-		return nil
-	}
-	return err
+	// Copy starts over when the registry asks for it, by 401, 429 or 503.
+	return content.Copy(ctx, writer, bytes.NewReader(c.Blob), c.Descriptor.Size, c.Descriptor.Digest)
 }
 
 // refused adds the name and a considered code to a registry's error.
@@ -130,18 +127,40 @@ func refused(name string, err error) error {
 	if err == nil {
 		return nil
 	}
-	code := codes.Unknown
-	var answer remoteserrors.ErrUnexpectedStatus
+	return status.Error(codeOf(err), fmt.Sprintf("failed to push %s: %v", name, errutil.WithDetails(err)))
+}
+
+func codeOf(err error) codes.Code {
+	var network *net.OpError
+	answer := answered(err)
 	switch {
+	case answer == http.StatusUnauthorized, answer == http.StatusForbidden, errors.Is(err, docker.ErrInvalidAuthorization):
+		return codes.PermissionDenied
+	case answer == http.StatusTooManyRequests, answer >= http.StatusInternalServerError:
+		return codes.Unavailable
 	case errors.Is(err, context.Canceled):
-		code = codes.Canceled
-	case errors.As(err, &answer) && answer.StatusCode >= http.StatusInternalServerError:
-		code = codes.Unavailable
-	case errors.As(err, &answer) && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden),
-		errors.Is(err, docker.ErrInvalidAuthorization):
-		code = codes.PermissionDenied
+		return codes.Canceled
+	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF): // before the deadline: a timeout to connect counts as one
+		return codes.Unavailable
+	case errors.Is(err, context.DeadlineExceeded):
+		return codes.DeadlineExceeded
 	}
-	return status.Error(code, fmt.Sprintf("failed to push %s: %v", name, errutil.WithDetails(err)))
+	return codes.Unknown
+}
+
+// answered is the HTTP status that a registry or its token server answered with,
+// 0 for none. Of the latter's, BuildKit keeps only the registry's error code.
+func answered(err error) int {
+	var answer remoteserrors.ErrUnexpectedStatus
+	if errors.As(err, &answer) {
+		return answer.StatusCode
+	}
+	var coded docker.Errors
+	var first docker.Error
+	if errors.As(err, &coded) && len(coded) > 0 && errors.As(coded[0], &first) {
+		return first.Code.Descriptor().HTTPStatusCode
+	}
+	return 0
 }
 
 // Partly adds to the error of a push which names had been published before it.

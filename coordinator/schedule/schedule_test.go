@@ -212,7 +212,7 @@ func TestScheduler_RightAfterTheStartBuildsWaitForWorkersToAttach(t *testing.T) 
 		time.Sleep(10*time.Second - 1)
 		synctest.Wait()
 		amd.still(t, 0, "linux/amd64: no worker attached")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		amd.refused(t, "")
 		if _, err := s.Enqueue([]Demand{{Platform: platform(amd64)}}); err == nil {

@@ -22,8 +22,10 @@ import (
 const (
 	// maxMessage is BuildKit's cap for a message of a session.
 	maxMessage = 16 << 20
-	// findTimeout bounds the wait for a client's session: BuildKit's own is 5 s.
+	// findTimeout is how long BuildKit waits for a client's session, too.
 	findTimeout = 5 * time.Second
+	// farewell is how long a worker may take to let go of a session.
+	farewell = 2 * time.Second
 
 	healthCheck = "/grpc.health.v1.Health/Check"
 )
@@ -38,18 +40,22 @@ type Worker interface {
 	Dial(ctx context.Context) (Conn, error)
 }
 
-// Conn is a connection to BuildKit that can be closed.
+// Conn is a connection to BuildKit that can be closed. Lost tells why it ended
+// otherwise, if it did.
 type Conn interface {
 	grpc.ClientConnInterface
 	Close() error
+	Lost() error
 }
 
 // Relays exposes sessions on workers. A session is exposed once on a worker,
 // whatever number of attempts use it there: BuildKit knows a session by its id,
 // and a second connection of that id would replace the first.
 type Relays struct {
-	registry *Registry
-	log      *slog.Logger
+	registry   *Registry
+	log        *slog.Logger
+	findWithin time.Duration // bounds the wait for a client's session
+	farewell   time.Duration // bounds the wait for a worker that is to let go of one
 
 	mu     sync.Mutex
 	active map[relayKey]*relay
@@ -59,25 +65,21 @@ type relayKey struct{ worker, session string }
 
 // NewRelays returns relays for the sessions of a registry.
 func NewRelays(registry *Registry, log *slog.Logger) *Relays {
-	return &Relays{registry: registry, log: log, active: map[relayKey]*relay{}}
+	return &Relays{registry: registry, log: log, findWithin: findTimeout, farewell: farewell, active: map[relayKey]*relay{}}
 }
 
 // Expose makes the client's session known on the worker until release is
 // called, the client ends it, or the worker is lost. It returns once the worker
-// has the connection. Release waits for the relay's end when it is its last user's.
+// has the connection. Release waits for the relay's end when it is its last
+// user's. NotFound: the client has not opened the session within five seconds.
 func (rs *Relays) Expose(ctx context.Context, w Worker, id string) (release func(), err error) {
 	key := relayKey{w.ID(), id}
-	rs.mu.Lock()
-	r, ok := rs.active[key]
-	if !ok {
-		r = newRelay(rs.log.With("session", id, "worker", w.ID()))
-		rs.active[key] = r
+	r, fresh, err := rs.use(ctx, key)
+	if err != nil {
+		return nil, err
 	}
-	r.users++
-	rs.mu.Unlock()
-
 	release = sync.OnceFunc(func() { rs.release(key, r) })
-	if !ok {
+	if fresh {
 		go r.run(context.WithoutCancel(ctx), rs.registry, w, id) // serves later users too, hence not under this one's context
 	}
 	select {
@@ -93,38 +95,86 @@ func (rs *Relays) Expose(ctx context.Context, w Worker, id string) (release func
 	return release, nil
 }
 
+// use adds a user to the relay of that key, made if there is none that still
+// serves. One that is just ending is waited for: the worker forgets a session when
+// a connection of that id ends, even if there is a new one by then.
+func (rs *Relays) use(ctx context.Context, key relayKey) (r *relay, fresh bool, err error) {
+	for {
+		r, fresh, ending := rs.join(key)
+		if ending == nil {
+			return r, fresh, nil
+		}
+		select {
+		case <-ending:
+		case <-ctx.Done():
+			return nil, false, context.Cause(ctx)
+		}
+	}
+}
+
+func (rs *Relays) join(key relayKey) (r *relay, fresh bool, ending <-chan struct{}) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	r, ok := rs.active[key]
+	if ok && !r.over() && r.users == 0 {
+		return nil, false, r.ended
+	}
+	if !ok || r.over() { // one that has ended by itself keeps its users until they release it
+		r, fresh = rs.relay(key), true
+		rs.active[key] = r
+	}
+	r.users++
+	return r, fresh, nil
+}
+
 func (rs *Relays) release(key relayKey, r *relay) {
 	rs.mu.Lock()
 	r.users--
 	last := r.users == 0
-	if last && rs.active[key] == r {
-		delete(rs.active, key)
-	}
 	rs.mu.Unlock()
-	if last {
-		r.cancel()
-		<-r.ended
+	if !last {
+		return
+	}
+	close(r.stop)
+	<-r.ended
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if rs.active[key] == r {
+		delete(rs.active, key)
 	}
 }
 
 // relay is one session on one worker.
 type relay struct {
-	log    *slog.Logger
-	users  int           // guarded by Relays.mu
-	ready  chan struct{} // closed once the worker has the session, or err is set
-	err    error
-	stop   chan struct{}
-	cancel func()
-	ended  chan struct{}
+	log        *slog.Logger
+	findWithin time.Duration
+	farewell   time.Duration
+
+	users int           // guarded by Relays.mu
+	ready chan struct{} // closed once the worker has the session, or err is set
+	err   error
+	stop  chan struct{} // closed when the last user has released it
+	ended chan struct{} // closed when nothing of it is left
 
 	client  *grpc.ClientConn
 	streams sync.WaitGroup
 }
 
-func newRelay(log *slog.Logger) *relay {
-	r := &relay{log: log, ready: make(chan struct{}), stop: make(chan struct{}), ended: make(chan struct{})}
-	r.cancel = sync.OnceFunc(func() { close(r.stop) })
-	return r
+func (rs *Relays) relay(key relayKey) *relay {
+	return &relay{
+		log: rs.log.With("session", key.session, "worker", key.worker), findWithin: rs.findWithin, farewell: rs.farewell,
+		ready: make(chan struct{}), stop: make(chan struct{}), ended: make(chan struct{}),
+	}
+}
+
+// over tells whether the relay has ended by itself: one of its ends is gone.
+func (r *relay) over() bool {
+	select {
+	case <-r.ended:
+		return true
+	default:
+		return false
+	}
 }
 
 // run connects the two ends and serves until stopped, or one of them is gone.
@@ -132,15 +182,16 @@ func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string
 	defer close(r.ended)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	go func() { // ends with run, which cancels
+	connected := make(chan struct{})
+	go func() { // ends with what it waits for
 		select {
 		case <-r.stop:
 			cancel()
-		case <-ctx.Done():
+		case <-connected:
 		}
 	}()
-
 	conn, session, closeWorker, err := r.connect(ctx, registry, w, id)
+	close(connected)
 	if err != nil {
 		r.err = err
 		close(r.ready)
@@ -148,33 +199,45 @@ func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string
 	}
 	defer closeWorker()
 	close(r.ready)
+	r.serve(conn, session, cancel)
+}
 
+// serve answers the worker's calls. At the end it waits a while for the worker to
+// have forgotten the session, which it tells by ending the stream; giveUp ends
+// the stream without.
+func (r *relay) serve(conn net.Conn, session context.Context, giveUp func()) {
 	server := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
 		grpc.UnknownServiceHandler(r.handle),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxSendMsgSize(maxMessage),
+		grpc.WaitForHandlers(true),
 	)
-	listener := newSingleListener(conn)
-	defer context.AfterFunc(session, func() { // the client's end of the session
+	var stopping sync.WaitGroup
+	served := make(chan struct{})
+	stopping.Go(func() {
+		select {
+		case <-r.stop:
+		case <-session.Done(): // the client's end
+		case <-served: // the worker's end
+		}
+		defer time.AfterFunc(r.farewell, giveUp).Stop()
 		server.Stop()
-		_ = listener.Close()
-	})()
-	defer context.AfterFunc(ctx, func() {
-		server.Stop()
-		_ = listener.Close()
-	})()
-	if err := server.Serve(listener); err != nil && !errors.Is(err, errListenerDone) && !errors.Is(err, grpc.ErrServerStopped) {
+		_ = conn.Close() // if it was not served at all
+	})
+	if err := server.Serve(newSingleListener(conn)); err != nil && !errors.Is(err, errListenerDone) && !errors.Is(err, grpc.ErrServerStopped) {
 		r.log.Debug("session relay ended", "error", err)
 	}
-	server.Stop()
+	close(served)
+	stopping.Wait()
 	r.streams.Wait()
 }
 
 // connect finds the client's session, then opens a session of the same id and
-// description on the worker. The context it returns ends with the client's session.
+// description on the worker. The context it returns ends with the client's
+// session, and with ctx.
 func (r *relay) connect(ctx context.Context, registry *Registry, w Worker, id string) (net.Conn, context.Context, func(), error) {
-	findCtx, cancel := context.WithTimeout(ctx, findTimeout)
+	findCtx, cancel := context.WithTimeout(ctx, r.findWithin)
 	defer cancel()
 	caller, meta, err := registry.find(findCtx, id)
 	if err != nil {
@@ -186,6 +249,9 @@ func (r *relay) connect(ctx context.Context, registry *Registry, w Worker, id st
 	}
 	conn, err := grpchijack.Dialer(controlapi.NewControlClient(cc))(ctx, "h2c", meta)
 	if err != nil {
+		if lost := cc.Lost(); lost != nil {
+			err = lost
+		}
 		_ = cc.Close()
 		return nil, nil, nil, err
 	}
@@ -225,8 +291,8 @@ func (r *relay) handle(_ any, worker grpc.ServerStream) error {
 // answer copies the client's messages, header and trailer to the worker.
 func answer(worker grpc.ServerStream, client grpc.ClientStream) error {
 	header, err := client.Header()
-	if err == nil && header.Len() > 0 {
-		if err := worker.SetHeader(forwarded(header)); err != nil {
+	if err == nil && header != nil { // sent at once: the worker may wait for it before it says more
+		if err := worker.SendHeader(forwarded(header)); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,8 @@ package session
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -28,7 +30,11 @@ const (
 	headerSharedKey = "x-docker-expose-session-sharedkey"
 )
 
-const settleTimeout = time.Second
+const (
+	settleTimeout = time.Second
+	// maxID bounds a session id; BuildKit's have 25 bytes.
+	maxID = 256
+)
 
 var headerPrefixes = []string{"x-docker-expose-session-", "x-buildkit-session-"}
 
@@ -54,37 +60,64 @@ func NewRegistry() (*Registry, error) {
 func (r *Registry) Manager() *bksession.Manager { return r.manager }
 
 // Handle serves one Control.Session stream until the client ends it. It answers
-// InvalidArgument to a stream without an id, and AlreadyExists to one whose id
-// is in use: a second client must not take over a session by naming it.
+// InvalidArgument to a stream without a usable id, and AlreadyExists to one whose
+// id is in use: a second client must not take over a session by naming it.
 func (r *Registry) Handle(stream controlapi.Control_SessionServer) error {
+	// Closing the connection waits for the client to end the stream, which one that
+	// is refused has no reason to do. Returning ends it from this side.
 	conn, closed, headers := grpchijack.Hijack(stream)
-	defer conn.Close()
-
 	meta := describe(headers)
 	id := http.Header(canonical(meta)).Get(headerID)
-	if id == "" {
-		return status.Error(codes.InvalidArgument, "opening a session: the client sent no session id")
+	if err := checkID(id); err != nil {
+		return status.Errorf(codes.InvalidArgument, "opening a session: %v", err)
 	}
-	r.mu.Lock()
-	if _, taken := r.open[id]; taken {
-		r.mu.Unlock()
+	if !r.enter(id, meta) {
 		return status.Error(codes.AlreadyExists, "opening a session: its id is in use")
 	}
-	r.open[id] = meta
-	r.mu.Unlock()
-	defer func() {
-		r.mu.Lock()
-		delete(r.open, id)
-		r.mu.Unlock()
-	}()
+	defer r.leave(id)
 
 	ctx, cancel := context.WithCancel(stream.Context())
+	var watching sync.WaitGroup
+	defer watching.Wait()
 	defer cancel()
-	go func() { // ends with the connection, at the latest when this function closes it
-		<-closed
-		cancel()
-	}()
+	watching.Go(func() {
+		select {
+		case <-closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
 	return r.manager.HandleConn(ctx, conn, meta)
+}
+
+// checkID refuses ids by which no session could be found again: BuildKit takes
+// what precedes a colon for a prefix that is not part of the id.
+func checkID(id string) error {
+	switch {
+	case id == "":
+		return errors.New("the client sent no session id")
+	case len(id) > maxID:
+		return fmt.Errorf("the session id has %d bytes, at most %d are possible", len(id), maxID)
+	case strings.Contains(id, ":"):
+		return errors.New("the session id has a colon")
+	}
+	return nil
+}
+
+func (r *Registry) enter(id string, meta metadata.MD) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, taken := r.open[id]; taken {
+		return false
+	}
+	r.open[id] = meta
+	return true
+}
+
+func (r *Registry) leave(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.open, id)
 }
 
 // find waits for the session until ctx ends: a client opens it concurrently with

@@ -16,6 +16,9 @@ import (
 	"google.golang.org/grpc/status"
 )
 
+// maxNames bounds the references of one image.
+const maxNames = 1000
+
 // Publication is what remains to be done once every leg has exported its part
 // of an image: the index, under the names that the client gave.
 type Publication struct {
@@ -48,10 +51,10 @@ type imageExport struct {
 
 // Exporters returns the exporters of a request in today's form.
 func Exporters(req *controlapi.SolveRequest) []*controlapi.Exporter {
-	if len(req.GetExporters()) > 0 || req.GetExporterDeprecated() == "" { //nolint:staticcheck // clients before BuildKit 0.13 send it
+	if len(req.GetExporters()) > 0 || req.GetExporterDeprecated() == "" { // clients before BuildKit 0.13 send it
 		return req.GetExporters()
 	}
-	return []*controlapi.Exporter{{Type: req.GetExporterDeprecated(), Attrs: req.GetExporterAttrsDeprecated()}} //nolint:staticcheck // likewise
+	return []*controlapi.Exporter{{Type: req.GetExporterDeprecated(), Attrs: req.GetExporterAttrsDeprecated()}}
 }
 
 // PlanExports decides how several legs export what the client asked for. What
@@ -65,7 +68,7 @@ func PlanExports(exporters []*controlapi.Exporter, legs []Leg) (*Exports, error)
 			if plan.image != nil {
 				return nil, refuse("several image exporters", legs)
 			}
-			image, err := planImage(i, e.GetAttrs())
+			image, err := planImage(i, e.GetAttrs(), legs)
 			if err != nil {
 				return nil, err
 			}
@@ -95,11 +98,11 @@ func refuse(what string, legs []Leg) error {
 		strings.Join(names, ", "), what)
 }
 
-func planImage(index int, attrs map[string]string) (*imageExport, error) {
+func planImage(index int, attrs map[string]string, legs []Leg) (*imageExport, error) {
 	image := &imageExport{index: index, attrs: map[string]string{}}
 	image.Index, image.IndexDescriptor = map[string]string{}, map[string]string{}
-	for k, v := range attrs {
-		if err := image.attr(k, v); err != nil {
+	for _, k := range slices.Sorted(maps.Keys(attrs)) { // the same error each time
+		if err := image.attr(k, attrs[k], legs); err != nil {
 			return nil, err
 		}
 	}
@@ -109,20 +112,28 @@ func planImage(index int, attrs map[string]string) (*imageExport, error) {
 	if !image.push || image.Publication.Name == "" {
 		return image, nil
 	}
-	for name := range strings.SplitSeq(image.Publication.Name, ",") {
+	return image, image.names()
+}
+
+// names reads the references to publish.
+func (i *imageExport) names() error {
+	if n := strings.Count(i.Publication.Name, ",") + 1; n > maxNames {
+		return status.Errorf(codes.InvalidArgument, "reading the image's names: %d names, at most %d are possible", n, maxNames)
+	}
+	for name := range strings.SplitSeq(i.Publication.Name, ",") {
 		named, err := reference.ParseNormalizedNamed(name)
 		if err != nil {
-			return nil, status.Errorf(codes.InvalidArgument, "reading the image's name %q: %v", name, err)
+			return status.Errorf(codes.InvalidArgument, "reading the image's name %q: %v", shorten(name, reference.RepositoryNameTotalLengthMax), err)
 		}
-		if image.ByDigest && !reference.IsNameOnly(named) {
-			return nil, status.Errorf(codes.InvalidArgument, "can't push tagged ref %s by digest", named)
+		if i.ByDigest && !reference.IsNameOnly(named) {
+			return status.Errorf(codes.InvalidArgument, "can't push tagged ref %s by digest", named)
 		}
-		image.Names = append(image.Names, name)
-		if repo := familiar(name, named); !slices.Contains(image.repos, repo) {
-			image.repos = append(image.repos, repo)
+		i.Names = append(i.Names, name)
+		if repo := familiar(name, named); !slices.Contains(i.repos, repo) {
+			i.repos = append(i.repos, repo)
 		}
 	}
-	return image, nil
+	return nil
 }
 
 // familiar is the repository as the client spells it: its spelling ends up in
@@ -134,10 +145,14 @@ func familiar(name string, named reference.Named) string {
 	return named.Name()
 }
 
-func (i *imageExport) attr(k, v string) error {
+func (i *imageExport) attr(k, v string, legs []Leg) error {
 	annotation, ok, err := exptypes.ParseAnnotationKey(k)
 	if err != nil {
 		return status.Errorf(codes.InvalidArgument, "reading the exporter's annotation %q: %v", k, err)
+	}
+	if p := annotation.PlatformString(); p != "" && !slices.ContainsFunc(legs, func(l Leg) bool { return l.String() == p }) {
+		// No leg would get it, and nobody would notice. BuildKit's words.
+		return status.Errorf(codes.InvalidArgument, "invalid annotation: no platform %s found in source", p)
 	}
 	switch {
 	case ok && annotation.Type == exptypes.AnnotationIndex:
@@ -179,7 +194,7 @@ func (e *Exports) Leg(leg Leg) []*controlapi.Exporter {
 		return out
 	}
 	attrs := maps.Clone(e.image.attrs)
-	for k := range attrs { // annotations of other platforms are an error to the leg's exporter
+	for k := range attrs { // annotations of other platforms are other legs'
 		a, ok, err := exptypes.ParseAnnotationKey(k)
 		if ok && err == nil && a.Platform != nil && a.PlatformString() != platforms.FormatAll(leg.Platform) {
 			delete(attrs, k)

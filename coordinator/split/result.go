@@ -6,10 +6,10 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	commonexptypes "github.com/moby/buildkit/exporter/exptypes"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
-	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -20,7 +20,7 @@ var perPlatform = append(slices.Clone(exptypes.KnownRefMetadataKeys), commonexpt
 
 // Merge makes the results of a build's legs into the one that a frontend
 // building all platforms would have returned: a reference for each platform.
-// Results[i] belongs to legs[i].
+// Results[i] belongs to legs[i]. Errors are InvalidArgument.
 func Merge(legs []Leg, results []*gwpb.Result) (*gwpb.Result, error) {
 	refs := map[string]*gwpb.Ref{}
 	merged := &gwpb.Result{Metadata: map[string][]byte{}}
@@ -41,6 +41,9 @@ func Merge(legs []Leg, results []*gwpb.Result) (*gwpb.Result, error) {
 		for id, attestations := range res.GetAttestations() {
 			if merged.Attestations == nil {
 				merged.Attestations = map[string]*gwpb.Attestations{}
+			}
+			if _, taken := merged.GetAttestations()[id]; taken {
+				return nil, status.Errorf(codes.InvalidArgument, "merging the results of the build's platforms: attestations of %s were returned twice", id)
 			}
 			merged.Attestations[id] = attestations
 		}
@@ -129,16 +132,16 @@ func Single(res *gwpb.Result) bool {
 // Part is what one leg's worker gets of the result that the client returned:
 // the references for which mine holds (given the platform's key, empty for a
 // single reference, and the reference's id, empty for an empty image), and what
-// belongs to their platforms. Nil: the leg has no part in the result.
+// belongs to their platforms. Nil: the leg has no part in the result. Errors are
+// InvalidArgument.
 func Part(res *gwpb.Result, mine func(key, ref string) bool) (*gwpb.Result, error) {
-	refs, keys := map[string]*gwpb.Ref{}, []string{}
-	var others []string
-	for key, ref := range refsOf("", res) {
+	all, refs := refsOf("", res), map[string]*gwpb.Ref{}
+	for key, ref := range all {
+		if len(key) > maxName {
+			return nil, status.Errorf(codes.InvalidArgument, "reading the build's result: a platform's key of %d bytes, at most %d are possible", len(key), maxName)
+		}
 		if mine(key, ref.GetId()) {
 			refs[key] = ref
-			keys = append(keys, key)
-		} else {
-			others = append(others, key)
 		}
 	}
 	if len(refs) == 0 {
@@ -151,12 +154,13 @@ func Part(res *gwpb.Result, mine func(key, ref string) bool) (*gwpb.Result, erro
 		Result:   &gwpb.Result_Refs{Refs: &gwpb.RefMap{Refs: refs}},
 		Metadata: maps.Clone(res.GetMetadata()),
 	}
-	maps.DeleteFunc(part.Metadata, func(k string, _ []byte) bool { return hasKey(k, others) })
-	if err := narrowPlatforms(part.GetMetadata(), keys); err != nil {
+	own, err := narrowPlatforms(part.GetMetadata(), refs)
+	if err != nil {
 		return nil, err
 	}
+	maps.DeleteFunc(part.Metadata, func(k string, _ []byte) bool { return foreign(k, all, refs, own) })
 	for key, attestations := range res.GetAttestations() {
-		if slices.Contains(keys, key) {
+		if _, ok := refs[key]; ok {
 			if part.Attestations == nil {
 				part.Attestations = map[string]*gwpb.Attestations{}
 			}
@@ -166,22 +170,54 @@ func Part(res *gwpb.Result, mine func(key, ref string) bool) (*gwpb.Result, erro
 	return part, nil
 }
 
-// hasKey tells whether a metadata key ends in one of the platform keys.
-func hasKey(metadata string, keys []string) bool {
-	return slices.ContainsFunc(keys, func(key string) bool { return strings.HasSuffix(metadata, "/"+key) })
+// foreign tells whether a metadata key is about a platform that is in all of a
+// result, but not in the part of it that has refs, for the platforms in own.
+func foreign(metadata string, all, refs map[string]*gwpb.Ref, own map[string]bool) bool {
+	if a, ok, err := exptypes.ParseAnnotationKey(metadata); ok {
+		return err == nil && len(own) > 0 && a.Platform != nil && !own[a.PlatformString()]
+	}
+	key, ok := suffix(metadata, all)
+	_, ours := refs[key]
+	return ok && !ours
 }
 
-func narrowPlatforms(metadata map[string][]byte, keys []string) error {
+// suffix is the platform's key that a metadata key ends in: the longest, as
+// keys are the frontend's choice and may end in one another.
+func suffix(metadata string, all map[string]*gwpb.Ref) (string, bool) {
+	rest := metadata
+	if len(rest) > maxName+1 {
+		rest = rest[len(rest)-maxName-1:]
+	}
+	for {
+		_, key, found := strings.Cut(rest, "/")
+		if !found {
+			return "", false
+		}
+		if _, known := all[key]; known {
+			return key, true
+		}
+		rest = key
+	}
+}
+
+// narrowPlatforms leaves in the list of platforms those that have a reference,
+// and returns them, formatted; none when there is no list.
+func narrowPlatforms(metadata map[string][]byte, refs map[string]*gwpb.Ref) (map[string]bool, error) {
 	if _, ok := metadata[exptypes.ExporterPlatformsKey]; !ok {
-		return nil
+		return nil, nil
 	}
 	listed, err := exptypes.ParsePlatforms(metadata)
 	if err != nil {
-		return status.Errorf(codes.InvalidArgument, "reading the platforms of the build's result: %v", err)
+		return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build's result: %v", err)
 	}
-	listed.Platforms = slices.DeleteFunc(listed.Platforms, func(p exptypes.Platform) bool { return !slices.Contains(keys, p.ID) })
+	own := map[string]bool{}
+	listed.Platforms = slices.DeleteFunc(listed.Platforms, func(p exptypes.Platform) bool {
+		_, ok := refs[p.ID]
+		return !ok
+	})
+	for _, p := range listed.Platforms {
+		own[platforms.FormatAll(p.Platform)] = true
+	}
 	metadata[exptypes.ExporterPlatformsKey], err = json.Marshal(listed)
-	return err
+	return own, err
 }
-
-func digestOf(b []byte) string { return digest.FromBytes(b).String() }

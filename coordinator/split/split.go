@@ -3,6 +3,7 @@
 package split
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -26,8 +28,15 @@ const (
 	optRequestID     = "requestid"
 )
 
-// maxPlatforms bounds the legs of one build.
-const maxPlatforms = 64
+const (
+	// maxPlatforms bounds the legs of one build.
+	maxPlatforms = 64
+	// maxName bounds, in bytes, how a platform is written: in requests, and as a
+	// key of results.
+	maxName = 255
+	// maxStepName bounds, in bytes, a step's name: errors and logs carry it.
+	maxStepName = 200
+)
 
 // Leg is one platform's share of a build.
 type Leg struct {
@@ -53,18 +62,18 @@ func (l Leg) Unnamed() bool { return l.Platform.OS == "" && l.Platform.Architect
 // frontend about the build (requestid: outline, targets, lint), is one leg.
 // Errors are InvalidArgument.
 func Legs(opt map[string]string) ([]Leg, error) {
-	names := strings.Split(opt[optPlatform], ",")
-	if opt[optPlatform] == "" {
+	list := opt[optPlatform]
+	if list == "" {
 		return []Leg{{}}, nil
 	}
-	if len(names) > maxPlatforms {
-		return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: %d platforms, at most %d are possible", len(names), maxPlatforms)
+	if n := strings.Count(list, ",") + 1; n > maxPlatforms {
+		return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: %d platforms, at most %d are possible", n, maxPlatforms)
 	}
 	var legs []Leg
-	for _, name := range names {
+	for name := range strings.SplitSeq(list, ",") {
 		p, err := parse(strings.TrimSpace(name))
 		if err != nil {
-			return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: malformed platform %q (want os/arch or os/arch/variant, such as linux/arm64): %v", name, err)
+			return nil, status.Errorf(codes.InvalidArgument, "reading the platforms of the build: malformed platform %q (want os/arch or os/arch/variant, such as linux/arm64): %v", shorten(name, maxName), err)
 		}
 		leg := Leg{Platform: platforms.Normalize(p)}
 		if !slices.ContainsFunc(legs, func(l Leg) bool { return l.String() == leg.String() }) {
@@ -85,6 +94,9 @@ func Legs(opt map[string]string) ([]Leg, error) {
 // parse reads one platform. Its parts end up in names of stages and images, so
 // they must begin with a letter or digit, which containerd does not ask for.
 func parse(name string) (ocispecs.Platform, error) {
+	if len(name) > maxName {
+		return ocispecs.Platform{}, fmt.Errorf("%d bytes long, at most %d are possible", len(name), maxName)
+	}
 	p, err := platforms.Parse(name)
 	if err != nil {
 		return p, err
@@ -94,13 +106,17 @@ func parse(name string) (ocispecs.Platform, error) {
 			return p, fmt.Errorf("invalid part %q", part)
 		}
 	}
+	if strings.Contains(platforms.FormatAll(p), ",") { // it can hide, escaped, in a version; lists would break
+		return p, errors.New("it contains a comma")
+	}
 	return p, nil
 }
 
 // FrontendOpt returns the frontend's options for one leg of several.
 // Multi-platform is not set: it would show in the leg's provenance.
 func (l Leg) FrontendOpt(opt map[string]string) map[string]string {
-	out := maps.Clone(opt)
+	out := make(map[string]string, len(opt)+1)
+	maps.Copy(out, opt)
 	out[optPlatform] = l.String()
 	delete(out, optMultiPlatform)
 	return out
@@ -108,19 +124,21 @@ func (l Leg) FrontendOpt(opt map[string]string) map[string]string {
 
 // Exec is a step that executes something.
 type Exec struct {
-	// Name is the step as its Dockerfile line shows it, such as "[3/4] RUN make".
+	// Name is the step as its Dockerfile line shows it, such as "[3/4] RUN make",
+	// shortened when it is long.
 	Name string
 	// Platform is what the step executes on; nil stands for the worker's own.
 	Platform *ocispecs.Platform
 }
 
-// Execs lists the steps of a definition that execute something, before any has run.
+// Execs lists the steps of a definition that execute something, before any has
+// run. Errors are InvalidArgument.
 func Execs(def *pb.Definition) ([]Exec, error) {
 	var execs []Exec
 	for i, raw := range def.GetDef() {
-		var op pb.Op
-		if err := op.UnmarshalVT(raw); err != nil {
-			return nil, status.Errorf(codes.InvalidArgument, "reading step %d of the build's definition: %v", i, err)
+		op, err := readOp(i, raw)
+		if err != nil {
+			return nil, err
 		}
 		if op.GetExec() == nil {
 			continue
@@ -130,43 +148,64 @@ func Execs(def *pb.Definition) ([]Exec, error) {
 	return execs, nil
 }
 
+func readOp(i int, raw []byte) (*pb.Op, error) {
+	var op pb.Op
+	if err := op.UnmarshalVT(raw); err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "reading step %d of the build's definition: %v", i, err)
+	}
+	return &op, nil
+}
+
+// platformOf is nil for no platform, and for one that says nothing. One without
+// an operating system is not nothing: BuildKit takes it for its own system.
 func platformOf(p *pb.Platform) *ocispecs.Platform {
-	if p == nil || p.GetOS() == "" {
+	spec := ocispecs.Platform{OS: p.GetOS(), Architecture: p.GetArchitecture(), Variant: p.GetVariant(), OSVersion: p.GetOSVersion(), OSFeatures: p.GetOSFeatures()}
+	if spec.OS == "" && spec.Architecture == "" {
 		return nil
 	}
-	spec := platforms.Normalize(ocispecs.Platform{OS: p.GetOS(), Architecture: p.GetArchitecture(), Variant: p.GetVariant(), OSVersion: p.GetOSVersion(), OSFeatures: p.GetOSFeatures()})
+	if spec.OS == "" {
+		spec.OS = "linux"
+	}
+	spec = platforms.Normalize(spec)
 	return &spec
 }
 
 func stepName(def *pb.Definition, raw []byte, exec *pb.ExecOp) string {
-	if name := def.GetMetadata()[digestOf(raw)].GetDescription()["llb.customname"]; name != "" {
-		return name
+	name := def.GetMetadata()[digest.FromBytes(raw).String()].GetDescription()["llb.customname"]
+	if name == "" {
+		name = strings.Join(exec.GetMeta().GetArgs(), " ")
 	}
-	return strings.Join(exec.GetMeta().GetArgs(), " ")
+	return shorten(name, maxStepName)
+}
+
+// shorten cuts a text that comes from outside to so many bytes, whole characters.
+func shorten(s string, limit int) string {
+	if len(s) > limit {
+		s = s[:limit] + "…"
+	}
+	return strings.ToValidUTF8(s, "")
 }
 
 // DefinitionLeg is the leg of a build that comes as a bare definition: the
-// platform that its steps execute on, or that of its first step.
+// platform that its first step to name one executes on, or else that of the first
+// step to name one at all. Errors are InvalidArgument.
 func DefinitionLeg(def *pb.Definition) (Leg, error) {
-	execs, err := Execs(def)
-	if err != nil {
-		return Leg{}, err
-	}
-	for _, e := range execs {
-		if e.Platform != nil {
-			return Leg{Platform: *e.Platform}, nil
+	var first Leg
+	for i, raw := range def.GetDef() {
+		op, err := readOp(i, raw)
+		if err != nil {
+			return Leg{}, err
 		}
-	}
-	for _, raw := range def.GetDef() {
-		var op pb.Op
-		if err := op.UnmarshalVT(raw); err != nil {
-			return Leg{}, fmt.Errorf("reading the build's definition: %w", err)
-		}
-		if p := platformOf(op.GetPlatform()); p != nil {
+		p := platformOf(op.GetPlatform())
+		switch {
+		case p == nil:
+		case op.GetExec() != nil:
 			return Leg{Platform: *p}, nil
+		case first.Unnamed():
+			first.Platform = *p
 		}
 	}
-	return Leg{}, nil
+	return first, nil
 }
 
 // Solve returns the request that starts one leg on a worker. The leg's frontend

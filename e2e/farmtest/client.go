@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -95,19 +96,34 @@ func (c *Client) StartBuild(t T, args ...string) *Process {
 	return c.start(t, append([]string{"build", "--builder", "farm", "--progress=plain"}, args...))
 }
 
-func (c *Client) start(t T, args []string) *Process {
+// Bake runs buildx bake for the targets of a file in the folder dir, which is also where it runs.
+func (c *Client) Bake(t T, dir, file string, args ...string) Result {
+	t.Helper()
+	args = append([]string{"bake", "--builder", "farm", "--progress=plain", "--file", file}, args...)
+	return finish(t, c.startIn(t, dir, args))
+}
+
+func (c *Client) start(t T, args []string) *Process { return c.startIn(t, "", args) }
+
+func (c *Client) startIn(t T, dir string, args []string) *Process {
 	return StartProcess(t, Spec{
-		Name: "docker buildx " + args[0], Path: c.path, Args: append(append([]string{}, c.before...), args...), Env: c.env, Keep: true,
+		Name: "docker buildx " + args[0], Path: c.path, Args: append(append([]string{}, c.before...), args...), Env: c.env, Dir: dir, Keep: true,
 	})
 }
 
 // Buildctl runs one buildctl command against addr to its end.
 func Buildctl(t T, tools Tools, addr string, args ...string) Result {
 	t.Helper()
+	return BuildctlInput(t, tools, addr, nil, args...)
+}
+
+// BuildctlInput is Buildctl with something on its standard input.
+func BuildctlInput(t T, tools Tools, addr string, in io.Reader, args ...string) Result {
+	t.Helper()
 	home := Folder(t)
 	return finish(t, StartProcess(t, Spec{
 		Name: "buildctl", Path: tools.Buildctl, Args: append([]string{"--addr", addr}, args...),
-		Env: []string{"HOME=" + home, "DOCKER_CONFIG=" + home}, Keep: true,
+		Env: []string{"HOME=" + home, "DOCKER_CONFIG=" + home}, In: in, Keep: true,
 	}))
 }
 

@@ -2,9 +2,11 @@ package farmtest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,6 +36,9 @@ type WorkerSpec struct {
 	Name      string
 	Platforms []string // the operator's word; empty for what the machine is
 	Slots     int
+	Dials     bool     // told of the coordinator, instead of finding it by gossip
+	TCP       bool     // its buildkitd listens on TCP, as in a virtual machine
+	Args      []string // further arguments of its agent
 }
 
 // FarmOptions describe a farm.
@@ -107,10 +112,36 @@ func StartFarm(t T, tools Tools, options FarmOptions) *Farm {
 	return f
 }
 
+// StartUp runs archfarm up, a whole farm in one process with a buildkitd of its own, and returns when its worker is
+// ready. The process is the farm's Coordinator.
+func StartUp(t T, tools Tools, name string) *Farm {
+	t.Helper()
+	listen, web, gossip, dir := freePort(t), freePort(t), freePort(t), Folder(t)
+	f := &Farm{tools: tools, Gossip: gossip, HTTP: "http://" + web}
+	args := []string{
+		"up", "--name", name, "--listen", listen, "--http", web, "--gossip", gossip, "--data-dir", dir,
+		"--buildkitd", tools.Buildkitd, "--buildkitd-arg", "--config", "--buildkitd-arg", WriteFile(t, dir, "buildkitd.toml", ""),
+		"--buildkitd-arg", "--oci-worker-net=host", "--buildkitd-arg", "--otel-socket-path", "--buildkitd-arg", filepath.Join(dir, "otel"),
+	}
+	f.Coordinator = StartProcess(t, Spec{Name: "archfarm up", Path: tools.Archfarm, Args: args})
+	f.Addr, f.parts = "tcp://"+listen, []*Process{f.Coordinator}
+	f.WaitWorkers(t, "the one worker is ready", func(list []WorkerStatus) bool {
+		w, known := Find(list, name)
+		return known && w.State == Ready
+	})
+	f.Client = NewClient(t, tools, f.Addr)
+	f.Farm = f
+	return f
+}
+
 // AddWorker starts one more machine; it does not wait until that is ready.
 func (f *Farm) AddWorker(t T, spec WorkerSpec) *FarmWorker {
 	t.Helper()
-	w := &FarmWorker{WorkerSpec: spec, Buildkitd: StartBuildkitd(t, f.tools, spec.Name)}
+	start := StartBuildkitd
+	if spec.TCP {
+		start = StartBuildkitdTCP
+	}
+	w := &FarmWorker{WorkerSpec: spec, Buildkitd: start(t, f.tools, spec.Name)}
 	f.Workers = append(f.Workers, w)
 	f.parts = append(f.parts, w.Buildkitd.Process)
 	f.RestartAgent(t, w)
@@ -121,14 +152,16 @@ func (f *Farm) AddWorker(t T, spec WorkerSpec) *FarmWorker {
 func (f *Farm) RestartAgent(t T, w *FarmWorker) {
 	t.Helper()
 	spec := w.WorkerSpec
-	args := []string{
-		"worker", "--name", spec.Name, "--join", f.Gossip, "--gossip", "127.0.0.1:0",
-		"--buildkit", w.Buildkitd.Addr, "--slots", strconv.Itoa(spec.Slots),
+	args := []string{"worker", "--name", spec.Name, "--buildkit", w.Buildkitd.Addr, "--slots", strconv.Itoa(spec.Slots)}
+	if spec.Dials {
+		args = append(args, "--coordinator", strings.TrimPrefix(f.Addr, "tcp://"))
+	} else {
+		args = append(args, "--join", f.Gossip, "--gossip", "127.0.0.1:0")
 	}
 	for _, platform := range spec.Platforms {
 		args = append(args, "--platform", platform)
 	}
-	w.Agent = StartProcess(t, Spec{Name: "agent of " + spec.Name, Path: f.tools.Archfarm, Args: args})
+	w.Agent = StartProcess(t, Spec{Name: "agent of " + spec.Name, Path: f.tools.Archfarm, Args: append(args, spec.Args...)})
 	f.parts = append(f.parts, w.Agent)
 }
 
@@ -147,7 +180,7 @@ func (f *Farm) List() ([]WorkerStatus, error) {
 	raw, err := cmd.Output()
 	if err != nil {
 		var stderr []byte
-		if exit, ok := err.(*exec.ExitError); ok {
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 			stderr = exit.Stderr
 		}
 		return nil, fmt.Errorf("archfarm workers: %w: %s", err, stderr)

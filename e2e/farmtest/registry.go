@@ -2,8 +2,7 @@ package farmtest
 
 import (
 	"fmt"
-	"io"
-	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -82,7 +81,7 @@ const FaultMessage = "fault injected by the test"
 func startFaults(t T, direct string, fault func(*http.Request) int) string {
 	proxy := &httputil.ReverseProxy{
 		Rewrite:  func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: direct}) },
-		ErrorLog: log.New(io.Discard, "", 0), // a client that gave up is no news
+		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError), // a client that gave up is no news
 	}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		status := fault(r)

@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"runtime"
+	"time"
+
+	"github.com/archfarm/archfarm/e2e/farmtest"
+)
+
+const (
+	// goal is how much longer than its peer the farm may take.
+	goal = 1.10
+	// memoryGoal is what the coordinator's memory must stay below, in bytes.
+	memoryGoal = 150 << 20
+	// smallSize is the data in the context of the cached builds, in bytes.
+	smallSize = 64 << 10
+)
+
+// bench runs every contest and writes the tables to out.
+func bench(ctx context.Context, t farmtest.T, o options, out io.Writer) {
+	start := time.Now()
+	late := func() bool { return time.Since(start) > o.Limit }
+	r := newRig(t)
+	fmt.Fprintf(out, "%d CPUs, %s; wall-clock time of buildx build, sides in turns; the farm by TCP, others by unix socket\n", runtime.NumCPU(), runtime.Version())
+	var outcomes []outcome
+	for _, c := range r.cached(t, o) {
+		outcomes = append(outcomes, c.run(ctx, t, late))
+		t.Logf("%s: done after %s", c.name, time.Since(start).Round(time.Second))
+	}
+	pid := r.farm.Coordinator.Pid()
+	idle, err := peak(pid)
+	if err == nil {
+		err = resetPeak(pid)
+	}
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	for _, c := range r.large(t, o) {
+		outcomes = append(outcomes, c.run(ctx, t, late))
+		t.Logf("%s: done after %s", c.name, time.Since(start).Round(time.Second))
+	}
+	used, err := peak(pid)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	fmt.Fprintln(out)
+	if err := table(out, outcomes); err != nil {
+		t.Fatalf("writing the table: %v", err)
+	}
+	fmt.Fprintf(out, "\ncoordinator's peak memory: %.0f MiB with the large context (goal below %d MiB: %s), %.0f MiB before\n",
+		mebibytes(used), memoryGoal>>20, verdict(used < memoryGoal), mebibytes(idle))
+	fmt.Fprintf(out, "took %s\n", time.Since(start).Round(time.Second))
+}
+
+func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
+
+// cached are builds of which nothing has changed since the last: what they take is mostly overhead.
+func (r *rig) cached(t farmtest.T, o options) []contest {
+	contests := []contest{
+		{name: "cached push, two platforms", sides: []string{theFarm, twoNodes, oneNode}, build: r.cachedBuild(t, "two", r.both, "--provenance=false")},
+		{name: "cached push, two platforms, provenance", sides: []string{theFarm, twoNodes, oneNode}, build: r.cachedBuild(t, "proven", r.both)},
+		{name: "cached push, one platform", sides: []string{theFarm, oneNode}, build: r.cachedBuild(t, "single", r.native, "--provenance=false")},
+	}
+	for i := range contests {
+		c := &contests[i]
+		c.rounds, c.goal = o.CachedRounds, goal
+		for range 2 { // the first build of each fills caches, the registry and buildx's own files
+			for _, side := range c.sides {
+				c.build(t, side)
+			}
+		}
+	}
+	return contests
+}
+
+// cachedBuild pushes always the same image.
+func (r *rig) cachedBuild(t farmtest.T, name, platforms string, args ...string) func(farmtest.T, string) time.Duration {
+	s := newSource(t, smallSize)
+	return func(t farmtest.T, builder string) time.Duration {
+		t.Helper()
+		tag := repository(r.registry, name, builder) + ":latest"
+		return r.build(t, builder, platforms, s.dir, append([]string{"--push", "--tag", tag}, args...)...)
+	}
+}
+
+// large are builds of a large context that nobody has seen before. Each build starts with empty caches.
+func (r *rig) large(t farmtest.T, o options) []contest {
+	s := newSource(t, o.Size)
+	sides := []string{theFarm, twoNodes, oneNode}
+	prepare := func(t farmtest.T) {
+		r.forget(t)
+		s.change(t)
+	}
+	what := fmt.Sprintf("%d MB context, two platforms", o.Size/1_000_000)
+	return []contest{
+		{name: what, sides: sides, rounds: o.Rounds, goal: goal, prepare: prepare, build: func(t farmtest.T, builder string) time.Duration {
+			return r.build(t, builder, r.both, s.dir)
+		}},
+		{name: what + ", pushed", sides: sides, rounds: o.Rounds, goal: goal, prepare: prepare, build: func(t farmtest.T, builder string) (took time.Duration) {
+			within(t, func(t farmtest.T) { // a registry that is empty, and ends with the build, as it keeps layers in memory
+				registry := farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{})
+				took = r.build(t, builder, r.both, s.dir, "--push", "--tag", repository(registry, "large", builder), "--provenance=false")
+			})
+			return took
+		}},
+	}
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/archfarm/archfarm/e2e/farmtest"
+)
+
+// The builders that compete. Their buildkitds are the same.
+const (
+	theFarm  = "farm"          // one endpoint, which splits
+	twoNodes = "two nodes"     // buildx splits
+	oneNode  = "one buildkitd" // nothing is split
+)
+
+// names are the builders' names at buildx; farmtest has created the farm's.
+var names = map[string]string{theFarm: "farm", twoNodes: "nodes", oneNode: "one"}
+
+// rig is what every contest runs on.
+type rig struct {
+	tools    farmtest.Tools
+	farm     *farmtest.Farm
+	registry *farmtest.Registry
+	native   string // the platform of this machine
+	both     string // that and the one that the second worker is told to be
+}
+
+// newRig starts a farm of two workers with a slot each, and creates builders that use their buildkitds without the farm.
+func newRig(t farmtest.T) *rig {
+	tools := farmtest.FindFarmTools(t)
+	tools.Docker = "" // buildx by itself: the docker command's own time would be in both terms of each ratio
+	native, foreign := "linux/"+runtime.GOARCH, "linux/arm64"
+	if native == foreign {
+		foreign = "linux/amd64"
+	}
+	r := &rig{tools: tools, native: native, both: native + "," + foreign}
+	r.registry = farmtest.StartRegistry(t, tools, farmtest.RegistryOptions{})
+	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{
+		{Name: "native", Platforms: []string{native}, Slots: 1},
+		{Name: "told", Platforms: []string{foreign}, Slots: 1}, // its Dockerfiles must not execute anything
+	}})
+	first, second := r.farm.Workers[0].Buildkitd.Addr, r.farm.Workers[1].Buildkitd.Addr
+	r.buildx(t, "create", "--name", names[oneNode], "--driver", "remote", first)
+	r.buildx(t, "create", "--name", names[twoNodes], "--driver", "remote", "--platform", native, first)
+	r.buildx(t, "create", "--name", names[twoNodes], "--append", "--driver", "remote", "--platform", foreign, second)
+	return r
+}
+
+// buildx runs one buildx command, which must succeed, and returns its wall-clock time from start to exit.
+func (r *rig) buildx(t farmtest.T, args ...string) time.Duration {
+	t.Helper()
+	var took time.Duration
+	within(t, func(t farmtest.T) {
+		start := time.Now()
+		result := r.farm.Client.Run(t, args...)
+		took = time.Since(start)
+		if result.Code != 0 {
+			t.Fatalf("buildx %s: exit code %d:\n%s\n%s", strings.Join(args, " "), result.Code, result.Output, r.farm.Logs())
+		}
+	})
+	return took
+}
+
+// build runs one build at a builder and returns its wall-clock time.
+func (r *rig) build(t farmtest.T, builder, platforms, context string, args ...string) time.Duration {
+	t.Helper()
+	all := append([]string{"build", "--builder", names[builder], "--progress=plain", "--platform", platforms}, args...)
+	return r.buildx(t, append(all, context)...)
+}
+
+// forget makes the buildkitds forget everything that they have built.
+func (r *rig) forget(t farmtest.T) {
+	t.Helper()
+	for _, w := range r.farm.Workers {
+		for _, command := range [][]string{{"prune-histories"}, {"prune", "--all"}} { // histories keep layers alive
+			within(t, func(t farmtest.T) {
+				if result := farmtest.Buildctl(t, r.tools, w.Buildkitd.Addr, command...); result.Code != 0 {
+					t.Fatalf("buildctl %s at worker %s: exit code %d:\n%s", strings.Join(command, " "), w.Name, result.Code, result.Output)
+				}
+			})
+		}
+	}
+}
+
+// repository names a repository: a side's own, lest one side finds in the registry what another has pushed.
+func repository(registry *farmtest.Registry, contest, builder string) string {
+	clean := strings.NewReplacer(" ", "-", ",", "", "(", "", ")", "")
+	return registry.Host + "/" + clean.Replace(strings.ToLower(contest)) + "/" + clean.Replace(builder)
+}

@@ -1,0 +1,66 @@
+// Command bench measures a farm beside buildx on its own: both build at the same two buildkitds, in turns, in one run.
+// What counts is the ratio; milliseconds are those of the machine that it ran on. Run it with make bench, as root.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+func main() {
+	o, err := parse(os.Args[1:])
+	if err != nil {
+		os.Exit(2) // the flag package has said why
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	p := &program{log: os.Stderr}
+	ok := p.run(func() { bench(ctx, p, o, os.Stdout) })
+	stop()
+	if !ok {
+		os.Exit(1)
+	}
+}
+
+// options say how much is measured.
+type options struct {
+	Rounds       int           // of the builds with the large context
+	CachedRounds int           // of the cached builds, which are short
+	Size         int64         // of the large context, in bytes
+	Limit        time.Duration // no round begins after that
+}
+
+// parse reads the command line.
+func parse(args []string) (options, error) {
+	var o options
+	var megabytes int64
+	var short bool
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.IntVar(&o.Rounds, "rounds", 10, "rounds of builds with the large context")
+	flags.IntVar(&o.CachedRounds, "cached-rounds", 30, "rounds of cached builds")
+	flags.Int64Var(&megabytes, "megabytes", 200, "size of the large context, in units of 1000000 bytes")
+	flags.DurationVar(&o.Limit, "limit", 8*time.Minute, "begin no round after this time: what is measured by then is shown")
+	flags.BoolVar(&short, "short", false, "one round of everything and 5 megabytes, to see that it runs; the other flags are ignored")
+	if err := flags.Parse(args); err != nil {
+		return o, err
+	}
+	if flags.NArg() > 0 || o.Rounds < 1 || o.CachedRounds < 1 || megabytes < 1 || o.Limit <= 0 {
+		err := fmt.Errorf("bench takes no arguments, and flags greater than 0; see bench -help")
+		fmt.Fprintln(flags.Output(), err)
+		return o, err
+	}
+	o.Size = megabytes * 1_000_000
+	if short {
+		o = shortly()
+	}
+	return o, nil
+}
+
+// shortly is enough to see that everything works, and too little to conclude anything from.
+func shortly() options {
+	return options{Rounds: 1, CachedRounds: 1, Size: 5_000_000, Limit: 5 * time.Minute}
+}
