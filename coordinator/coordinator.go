@@ -119,13 +119,14 @@ func (c *coordinator) run(ctx context.Context) error {
 		return err
 	}
 	defer closeAll(listeners)
-	members, err := c.gossip(ctx, &bound)
-	if err != nil {
-		return err
-	}
 	server := c.server()
 	web, webListener, err := c.web(ctx, &bound)
 	if err != nil {
+		return err
+	}
+	members, err := c.gossip(ctx, &bound) // last: who is found there must be able to serve
+	if err != nil {
+		_ = webListener.Close()
 		return err
 	}
 	if c.cfg.Ready != nil {
@@ -133,9 +134,14 @@ func (c *coordinator) run(ctx context.Context) error {
 	}
 	c.log.Info("coordinator serves", "listen", fmt.Sprint(bound.Listen), "http", bound.HTTP, "gossip", bound.Gossip, "version", c.cfg.Version)
 
-	var serving errgroup.Group
+	serving, ctx := errgroup.WithContext(ctx) // a server that fails ends the others
 	for _, l := range listeners {
-		serving.Go(func() error { return server.Serve(l) })
+		serving.Go(func() error {
+			if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) { // stopped before it had begun
+				return err
+			}
+			return nil
+		})
 	}
 	serving.Go(func() error {
 		if err := web.Serve(webListener); !errors.Is(err, http.ErrServerClosed) {

@@ -19,7 +19,7 @@ status=0
 
 # Before the first test starts, so that none of them competes with the compiler.
 echo "test: compiling with the race detector"
-go build -race "${units[@]}"
+go build -race ./...
 [ -z "$root" ] || go build -race -o bin/archfarm-race ./cmd/archfarm
 
 run() { # NAME ARGUMENT… of go test

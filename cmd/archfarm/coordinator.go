@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -18,7 +19,7 @@ ones, a second SIGTERM stops at once.`,
 		Example: `  archfarm coordinator --data-dir /var/lib/archfarm
   archfarm coordinator --listen 10.0.0.5:8372 --listen unix:///run/archfarm.sock \
       --http 10.0.0.5:8373 --gossip 10.0.0.5:7946 --data-dir /var/lib/archfarm`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := coordinatorConfig(cmd, stop)
 			if err != nil {
@@ -70,7 +71,9 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 	cfg.GossipAdvertise, _ = flags.GetString("gossip-advertise")
 	cfg.Advertise, _ = flags.GetString("advertise")
 	cfg.Join, _ = flags.GetStringArray("join")
-	cfg.DataDir, _ = flags.GetString("data-dir")
+	if cfg.DataDir, _ = flags.GetString("data-dir"); cfg.DataDir == "" {
+		return cfg, usageError{errors.New("no folder for the state is named; use --data-dir")}
+	}
 	cfg.DrainTimeout, _ = flags.GetDuration("drain-timeout")
 	return cfg, nil
 }

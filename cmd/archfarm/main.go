@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -31,11 +32,15 @@ func main() {
 		return
 	}
 	fmt.Fprintf(os.Stderr, "archfarm: %v\n", err)
+	os.Exit(exitCode(err))
+}
+
+func exitCode(err error) int {
 	var usage usageError
 	if errors.As(err, &usage) {
-		os.Exit(exitUsage)
+		return exitUsage
 	}
-	os.Exit(exitError)
+	return exitError
 }
 
 // signals turns the first SIGINT or SIGTERM into the end of the context, which
@@ -58,6 +63,22 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
+// noArgs is cobra.NoArgs with the exit code of a command line that makes no sense.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if err := cobra.NoArgs(cmd, args); err != nil {
+		return usageError{fmt.Errorf("%q takes no argument %q; see %q", cmd.CommandPath(), args[0], cmd.CommandPath()+" --help")}
+	}
+	return nil
+}
+
+func unknownCommand(root *cobra.Command, name string) error {
+	hint := fmt.Sprintf("see %q", root.CommandPath()+" --help")
+	if like := root.SuggestionsFor(name); len(like) > 0 {
+		hint = "did you mean " + strings.Join(like, " or ") + "?"
+	}
+	return usageError{fmt.Errorf("there is no command %q; %s", name, hint)}
+}
+
 func newRoot(stop <-chan struct{}) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "archfarm",
@@ -73,14 +94,23 @@ The command line wins over the environment, and that over the file.`,
   docker buildx create --name farm --driver remote tcp://127.0.0.1:8372
   docker buildx build --builder farm --platform linux/amd64,linux/arm64 --push -t registry/app .`,
 		Version:       version,
+		Args:          cobra.ArbitraryArgs, // RunE tells what it does not know
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		// As many mistyped letters as cobra's own suggestions allow.
+		SuggestionsMinimumDistance: 2,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applySources(cmd, os.LookupEnv); err != nil {
 				return usageError{err}
 			}
 			return nil
 		},
+	}
+	root.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		return unknownCommand(cmd, args[0])
 	}
 	root.PersistentFlags().String("config", "", "YAML file with settings, named like the flags")
 	root.PersistentFlags().String("log-level", "info", "what to log: debug, info, warn or error")

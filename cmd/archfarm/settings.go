@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -18,8 +19,16 @@ import (
 	"github.com/archfarm/archfarm/address"
 )
 
-// maxConfig bounds a configuration file.
-const maxConfig = 1 << 20
+const (
+	// maxConfig bounds a configuration file.
+	maxConfig = 1 << 20
+	// maxKeyFile bounds a file that holds a key.
+	maxKeyFile = 4 << 10
+)
+
+// notSettings are flags that make sense on the command line only; config may be
+// in the environment too.
+var notSettings = []string{"config", "help", "version"}
 
 // applySources fills every flag that the command line did not set from the
 // environment, or else from the configuration file.
@@ -34,17 +43,17 @@ func applySources(cmd *cobra.Command, lookup func(string) (string, bool)) error 
 		return err
 	}
 	for name := range file {
-		if knownFlag(cmd.Root(), name) == nil {
+		if slices.Contains(notSettings, name) || knownFlag(cmd.Root(), name) == nil {
 			return fmt.Errorf("reading %s: there is no setting %q", path, name)
 		}
 	}
 	var errs []error
 	flags.VisitAll(func(f *pflag.Flag) {
-		if f.Changed {
+		if f.Changed || slices.Contains(notSettings, f.Name) {
 			return
 		}
 		if v, ok := lookup(envName(f.Name)); ok {
-			errs = append(errs, set(flags, f, strings.Split(v, ","), "environment variable "+envName(f.Name)))
+			errs = append(errs, set(flags, f, fromEnv(f, v), "environment variable "+envName(f.Name)))
 		} else if v, ok := file[f.Name]; ok {
 			errs = append(errs, set(flags, f, v, path))
 		}
@@ -68,13 +77,32 @@ func knownFlag(cmd *cobra.Command, name string) *pflag.Flag {
 	return nil
 }
 
-func set(flags *pflag.FlagSet, f *pflag.Flag, values []string, source string) error {
-	list, many := f.Value.(pflag.SliceValue)
-	if many {
-		f.Changed = true
-		return list.Replace(values)
+// fromEnv reads a variable: a list's values are separated by commas.
+func fromEnv(f *pflag.Flag, v string) []string {
+	if _, list := f.Value.(pflag.SliceValue); !list {
+		return []string{v}
 	}
-	if err := flags.Set(f.Name, strings.Join(values, ",")); err != nil {
+	values := []string{}
+	for item := range strings.SplitSeq(v, ",") {
+		if item = strings.TrimSpace(item); item != "" {
+			values = append(values, item)
+		}
+	}
+	return values
+}
+
+func set(flags *pflag.FlagSet, f *pflag.Flag, values []string, source string) error {
+	if list, ok := f.Value.(pflag.SliceValue); ok {
+		if err := list.Replace(values); err != nil {
+			return fmt.Errorf("%s: setting %q: %w", source, f.Name, err)
+		}
+		f.Changed = true
+		return nil
+	}
+	if len(values) != 1 {
+		return fmt.Errorf("%s: setting %q takes one value, not a list", source, f.Name)
+	}
+	if err := flags.Set(f.Name, values[0]); err != nil {
 		return fmt.Errorf("%s: %w", source, err)
 	}
 	return nil
@@ -89,41 +117,73 @@ func readConfig(path string) (map[string][]string, error) {
 	if path == "" {
 		return nil, nil
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("reading the configuration: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxConfig))
+	data, err := readFile(path, maxConfig)
 	if err != nil {
 		return nil, fmt.Errorf("reading the configuration: %w", err)
 	}
 	return parseConfig(path, data)
 }
 
+// readFile reads a file of at most limit bytes.
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, nil
+}
+
+// parseConfig reads the one document of a file. Settings without a value count
+// as not set.
 func parseConfig(path string, data []byte) (map[string][]string, error) {
 	var raw map[string]yaml.Node
-	if err := yaml.NewDecoder(bytes.NewReader(data)).Decode(&raw); err != nil && !errors.Is(err, io.EOF) {
+	decoder := yaml.NewDecoder(bytes.NewReader(data))
+	if err := decoder.Decode(&raw); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	if err := decoder.Decode(&yaml.Node{}); !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("reading %s: it must hold one YAML document", path)
 	}
 	out := map[string][]string{}
 	for name, node := range raw {
-		switch node.Kind {
-		case yaml.ScalarNode:
-			out[name] = []string{node.Value}
-		case yaml.SequenceNode:
-			out[name] = []string{}
-			for _, item := range node.Content {
-				if item.Kind != yaml.ScalarNode {
-					return nil, fmt.Errorf("reading %s: %q must be a list of plain values (line %d)", path, name, item.Line)
-				}
-				out[name] = append(out[name], item.Value)
-			}
-		default:
-			return nil, fmt.Errorf("reading %s: %q must be a value or a list (line %d)", path, name, node.Line)
+		values, err := parseSetting(name, &node)
+		if err != nil {
+			return nil, fmt.Errorf("reading %s: %w", path, err)
+		}
+		if values != nil {
+			out[name] = values
 		}
 	}
 	return out, nil
+}
+
+// parseSetting returns a setting's values, nil for none.
+func parseSetting(name string, node *yaml.Node) ([]string, error) {
+	switch node.Kind {
+	case yaml.ScalarNode:
+		if node.ShortTag() == "!!null" {
+			return nil, nil
+		}
+		return []string{node.Value}, nil
+	case yaml.SequenceNode:
+		values := []string{}
+		for _, item := range node.Content {
+			if item.Kind != yaml.ScalarNode || item.ShortTag() == "!!null" {
+				return nil, fmt.Errorf("%q must be a list of plain values (line %d)", name, item.Line)
+			}
+			values = append(values, item.Value)
+		}
+		return values, nil
+	}
+	return nil, fmt.Errorf("%q must be a value or a list (line %d)", name, node.Line)
 }
 
 // logger writes to standard error, as --log-level and --log-format say.
@@ -158,15 +218,20 @@ func addresses(flag string, values []string) ([]address.Address, error) {
 }
 
 // gossipKey decodes --gossip-key, which is hexadecimal or base64, or reads it
-// from a file named by --gossip-key-file.
+// from a file named by --gossip-key-file. Nil without an error: none was given.
 func gossipKey(cmd *cobra.Command) ([]byte, error) {
 	text, _ := cmd.Flags().GetString("gossip-key")
 	if path, _ := cmd.Flags().GetString("gossip-key-file"); path != "" {
-		data, err := os.ReadFile(path)
+		if text != "" {
+			return nil, usageError{errors.New("the gossip key is given twice: use either --gossip-key or --gossip-key-file")}
+		}
+		data, err := readFile(path, maxKeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("reading the gossip key: %w", err)
 		}
-		text = strings.TrimSpace(string(data))
+		if text = strings.TrimSpace(string(data)); text == "" { // gossip would not be encrypted, and nobody would notice
+			return nil, usageError{fmt.Errorf("reading the gossip key: %s is empty", path)}
+		}
 	}
 	if text == "" {
 		return nil, nil

@@ -30,7 +30,7 @@ BuildKit's own set-up.`,
 		Example: `  archfarm up
   docker buildx create --name farm --driver remote tcp://127.0.0.1:8372
   archfarm up --buildkitd /usr/local/bin/buildkitd --buildkitd-arg --oci-worker-net=host --slots 4`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return up(cmd, stop) },
 	}
 	coordinatorFlags(cmd)
@@ -97,6 +97,9 @@ func up(cmd *cobra.Command, stop <-chan struct{}) error {
 		select {
 		case <-daemon.ended:
 			stopCoordinator()
+			if cmd.Context().Err() != nil { // a terminal's Ctrl-C has reached it too
+				return nil
+			}
 			return fmt.Errorf("buildkitd ended by itself: %w", errors.Join(daemon.err, errors.New("see its messages above")))
 		case <-workerCtx.Done():
 			return nil

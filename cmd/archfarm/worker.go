@@ -1,12 +1,14 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/archfarm/archfarm/worker"
+	"github.com/archfarm/archfarm/worker/native"
 )
 
 func newWorker(stop <-chan struct{}) *cobra.Command {
@@ -19,7 +21,7 @@ what the machine runs natively, never what it could emulate.`,
 		Example: `  archfarm worker --name amd-1 --join farm.example:7946 --gossip :7946 \
       --buildkit unix:///run/buildkit/buildkitd.sock --slots 2
   archfarm worker --name mac-1 --coordinator farm.example:8372 --buildkit tcp://127.0.0.1:1234   # behind NAT`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := workerConfig(cmd, stop)
 			if err != nil {
@@ -76,8 +78,13 @@ func withWorkerFlags(cmd *cobra.Command, cfg worker.Config) (worker.Config, erro
 			return cfg, err
 		}
 	}
-	cfg.Slots, _ = flags.GetInt("slots")
+	if cfg.Slots, _ = flags.GetInt("slots"); cfg.Slots < 1 {
+		return cfg, usageError{fmt.Errorf("--slots %d: a worker has at least one", cfg.Slots)}
+	}
 	cfg.Platforms, _ = flags.GetStringArray("platform")
+	if _, err := native.Parse(cfg.Platforms); err != nil {
+		return cfg, usageError{fmt.Errorf("--platform: %w", err)}
+	}
 	cfg.DrainTimeout, _ = flags.GetDuration("worker-drain-timeout")
 	return cfg, nil
 }

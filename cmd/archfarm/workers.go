@@ -9,10 +9,12 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
@@ -26,7 +28,7 @@ func newWorkers() *cobra.Command {
 		Short: "List the farm's workers",
 		Example: `  archfarm workers
   archfarm workers --farm tcp://farm.example:8372 --output json`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			farm, _ := cmd.Flags().GetString("farm")
 			output, _ := cmd.Flags().GetString("output")
@@ -37,7 +39,7 @@ func newWorkers() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return printWorkers(cmd.OutOrStdout(), output, workers)
+			return printWorkers(cmd.OutOrStdout(), output, workers, time.Now())
 		},
 	}
 	cmd.Flags().String("farm", "tcp://127.0.0.1:8372", "the coordinator to ask: host:port, tcp://host:port or unix:///path")
@@ -60,7 +62,7 @@ func listWorkers(ctx context.Context, farm string) ([]*archfarmv1.Worker, error)
 	defer conn.Close()
 	response, err := archfarmv1.NewFleetServiceClient(conn).ListWorkers(ctx, &archfarmv1.ListWorkersRequest{})
 	if err != nil {
-		return nil, fmt.Errorf("listing the workers of %s: %w", farm, err)
+		return nil, fmt.Errorf("listing the workers of %s: %s; is the coordinator running there?", farm, status.Convert(err).Message())
 	}
 	return response.GetWorkers(), nil
 }
@@ -83,11 +85,11 @@ type slotsJSON struct {
 	Used  uint32 `json:"used"`
 }
 
-func printWorkers(out io.Writer, output string, workers []*archfarmv1.Worker) error {
+func printWorkers(out io.Writer, output string, workers []*archfarmv1.Worker, now time.Time) error {
 	list := []workerJSON{}
 	for _, w := range workers {
 		list = append(list, workerJSON{
-			Name: w.GetName(), Platforms: w.GetPlatforms(), Slots: slotsJSON{w.GetSlots().GetTotal(), w.GetSlots().GetUsed()},
+			Name: w.GetName(), Platforms: append([]string{}, w.GetPlatforms()...), Slots: slotsJSON{w.GetSlots().GetTotal(), w.GetSlots().GetUsed()},
 			State: stateName(w.GetState()), Reason: w.GetReason(), Version: w.GetVersion(), BuildKit: w.GetBuildkitVersion(), Machine: w.GetMachine(),
 			Since: w.GetSince().AsTime(),
 		})
@@ -100,10 +102,20 @@ func printWorkers(out io.Writer, output string, workers []*archfarmv1.Worker) er
 	table := tabwriter.NewWriter(out, 0, 4, 3, ' ', 0)
 	fmt.Fprintln(table, "NAME\tSTATE\tSLOTS\tPLATFORMS\tBUILDKIT\tSINCE")
 	for _, w := range list {
-		fmt.Fprintf(table, "%s\t%s\t%d/%d\t%s\t%s\t%s\n", w.Name, w.State, w.Slots.Used, w.Slots.Total,
-			strings.Join(w.Platforms, ","), w.BuildKit, time.Since(w.Since).Round(time.Second))
+		fmt.Fprintf(table, "%s\t%s\t%d/%d\t%s\t%s\t%s\n", printable(w.Name), w.State, w.Slots.Used, w.Slots.Total,
+			printable(strings.Join(w.Platforms, ",")), printable(w.BuildKit), now.Sub(w.Since).Round(time.Second))
 	}
 	return table.Flush()
+}
+
+// printable keeps what workers say of themselves from steering the terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // stateName is the state without the enumeration's prefix: "ready".

@@ -40,7 +40,7 @@ type Attempt struct {
 type observer interface {
 	clock(skew time.Duration)
 	progress(*controlapi.StatusResponse)
-	solved(err error)
+	solved(err error) // by itself, that is: not for a solve that was stopped
 }
 
 // startAttempt begins the solve. It runs until it ends by itself, ctx ends, or
@@ -58,7 +58,9 @@ func startAttempt(ctx context.Context, conn *fleet.Conn, req *controlapi.SolveRe
 		if lost := conn.Lost(); a.err != nil && lost != nil {
 			a.err = lost
 		}
-		to.solved(a.err)
+		if ctx.Err() == nil {
+			to.solved(a.err)
+		}
 	}()
 	go func() {
 		defer close(a.status)

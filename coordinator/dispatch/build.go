@@ -60,6 +60,8 @@ type Build struct {
 	cancel context.CancelCauseFunc
 	detach func() bool // from the request
 
+	forgotten bool // it has ended, and is only kept for late questions; guarded by Builds.mu
+
 	starting sync.Mutex // one frontend call starts the legs, others wait for it
 
 	mu         sync.Mutex
@@ -299,7 +301,7 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	for i, s := range all {
 		demand := b.demand(s, key)
 		demands = append(demands, demand)
-		legs = append(legs, &leg{Leg: s, build: b, index: i, key: s.String(), anywhere: demand.Anywhere, placed: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1)})
+		legs = append(legs, &leg{Leg: s, build: b, index: i, key: s.String(), anywhere: demand.Anywhere, placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1)})
 	}
 	ticket, err := b.farm.Scheduler.Enqueue(demands)
 	if err != nil {

@@ -52,10 +52,10 @@ func (bs *Builds) admit(b *Build) (err error) {
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
 	ref := b.req.GetRef()
-	switch _, taken := bs.builds[ref]; {
+	switch old, taken := bs.builds[ref]; {
 	case bs.draining:
 		err = status.Error(codes.Unavailable, "starting a build: this coordinator is draining; try again on another, or in a while")
-	case taken:
+	case taken && !old.forgotten:
 		err = status.Errorf(codes.AlreadyExists, "starting a build: job ID %s already exists", ref)
 	default:
 		bs.running.Add(1)
@@ -89,12 +89,16 @@ func (bs *Builds) put(b *Build) {
 	}
 }
 
-// forget removes an ended build in a while.
+// forget removes an ended build in a while, or as soon as another one takes its
+// reference. bs.mu is held.
 func (bs *Builds) forget(b *Build) {
+	b.forgotten = true
 	time.AfterFunc(lingering, func() {
 		bs.mu.Lock()
 		defer bs.mu.Unlock()
-		delete(bs.builds, b.req.GetRef())
+		if bs.builds[b.req.GetRef()] == b {
+			delete(bs.builds, b.req.GetRef())
+		}
 	})
 }
 
@@ -112,6 +116,8 @@ func (bs *Builds) End(b *Build, reason error) {
 	go func() {
 		defer bs.running.Done()
 		b.End(reason)
+		bs.mu.Lock()
+		defer bs.mu.Unlock()
 		bs.forget(b)
 	}()
 }

@@ -16,19 +16,23 @@ import (
 // ExecProcess relays the processes of one client: it has a single stream for
 // all of them, while their containers may be on several workers.
 func (b *Build) ExecProcess(client gwpb.LLBBridge_ExecProcessServer) error {
-	group, ctx := errgroup.WithContext(client.Context())
+	ctx, cancel := context.WithCancelCause(client.Context())
+	defer cancel(nil)
+	group, ctx := errgroup.WithContext(ctx)
 	x := &execRelay{build: b, client: client, group: group, ctx: ctx, workers: map[*leg]gwpb.LLBBridge_ExecProcessClient{}, processes: map[string]*leg{}}
-	err := x.requests()
-	if errors.Is(err, io.EOF) {
-		err = nil
+	requests := make(chan error, 1)
+	go func() { requests <- x.requests() }() // ends with the client's stream, at the latest when this function returns
+	select {
+	case err := <-requests:
+		if err != nil {
+			cancel(err)
+			_ = group.Wait()
+			return err
+		}
+		return group.Wait()
+	case <-ctx.Done(): // a worker's end; the client may be waiting for just its answer
+		return context.Cause(ctx)
 	}
-	for _, worker := range x.workers {
-		_ = worker.CloseSend()
-	}
-	if waitErr := group.Wait(); err == nil {
-		err = waitErr
-	}
-	return err
 }
 
 type execRelay struct {
@@ -42,10 +46,17 @@ type execRelay struct {
 	sending sync.Mutex // to the client, from several workers
 }
 
-// requests sends each of the client's messages to the worker of its process.
+// requests sends each of the client's messages to the worker of its process, and
+// after the last one tells the workers that there are no more.
 func (x *execRelay) requests() error {
 	for {
 		message, err := x.client.Recv()
+		if errors.Is(err, io.EOF) {
+			for _, worker := range x.workers {
+				_ = worker.CloseSend()
+			}
+			return nil
+		}
 		if err != nil {
 			return err
 		}
@@ -64,7 +75,7 @@ func (x *execRelay) requests() error {
 		if err != nil {
 			return err
 		}
-		if err := worker.Send(message); err != nil {
+		if err := worker.Send(message); err != nil && !errors.Is(err, io.EOF) { // EOF: the worker has ended the stream, and said why in its answer
 			return err
 		}
 	}
@@ -80,15 +91,18 @@ func (x *execRelay) worker(l *leg) (gwpb.LLBBridge_ExecProcessClient, error) {
 		return nil, err
 	}
 	x.workers[l] = stream
-	x.group.Go(func() error { return x.answers(stream) })
+	x.group.Go(func() error { return x.answers(l, stream) })
 	return stream, nil
 }
 
-func (x *execRelay) answers(worker gwpb.LLBBridge_ExecProcessClient) error {
+func (x *execRelay) answers(l *leg, worker gwpb.LLBBridge_ExecProcessClient) error {
 	for {
 		message, err := worker.Recv()
 		if errors.Is(err, io.EOF) {
 			return nil
+		}
+		if lost := l.attempt.conn.Lost(); err != nil && lost != nil {
+			return l.failed(lost, l.worker.Name)
 		}
 		if err != nil {
 			return err

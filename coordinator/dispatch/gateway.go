@@ -62,7 +62,25 @@ func (b *Build) solveOn(ctx context.Context, l *leg, req *gwpb.SolveRequest) (*g
 		req = cloneSolve(req)
 		req.FrontendOpt = l.FrontendOpt(req.GetFrontendOpt())
 	}
-	return l.solve(ctx, req)
+	resp, err := l.solve(ctx, req)
+	if err == nil && !req.GetAllowResultArrayRef() {
+		withoutDefinitions(resp.GetResult())
+	}
+	return resp, err
+}
+
+// withoutDefinitions makes a result what clients get that do not ask for more.
+func withoutDefinitions(result *gwpb.Result) {
+	switch r := result.GetResult().(type) {
+	case *gwpb.Result_Ref:
+		result.Result = &gwpb.Result_RefDeprecated{RefDeprecated: r.Ref.GetId()}
+	case *gwpb.Result_Refs:
+		ids := map[string]string{}
+		for key, ref := range r.Refs.GetRefs() {
+			ids[key] = ref.GetId()
+		}
+		result.Result = &gwpb.Result_RefsDeprecated{RefsDeprecated: &gwpb.RefMapDeprecated{Refs: ids}}
+	}
 }
 
 // wantedLegs reads from a frontend request which platforms it is for.

@@ -21,9 +21,6 @@ import (
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/archfarm/archfarm/coordinator/fleet"
@@ -34,13 +31,8 @@ import (
 	"github.com/archfarm/archfarm/manifest"
 )
 
-const (
-	// maxPlacements bounds how often a leg looks for another worker because the
-	// one assigned had given its slot away or left before anything ran there.
-	maxPlacements = 100
-	// maxIndex bounds what is read from a worker as the index of one leg.
-	maxIndex = 4 << 20
-)
+// maxIndex bounds what is read from a worker as the index of one leg.
+const maxIndex = 4 << 20
 
 // leg is a Leg while it runs.
 type leg struct {
@@ -54,12 +46,14 @@ type leg struct {
 
 	siblings []*leg         // all legs of the build, this one included
 	placed   chan struct{}  // closed when the leg has its connection
+	round    chan struct{}  // closed, and replaced, when a slot was refused to it; guarded by build.mu
 	host     *leg           // in whose slot it runs, if in none of its own
 	guests   sync.WaitGroup // the legs that run in this one's slot
 
 	worker   *fleet.Worker
 	attempt  *Attempt
-	releases map[string]func() // session relays, by the session
+	releases map[string]func() // session relays, by the session; guarded by build.mu
+	over     bool              // nothing is relayed any more; likewise
 	ended    sync.Once
 }
 
@@ -76,143 +70,6 @@ func (l *leg) start(ctx context.Context, exporters []*controlapi.Exporter) error
 	return nil
 }
 
-// place waits for a worker with a free slot, takes the slot, and makes the
-// client's sessions known there.
-func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
-	wait := &placing{leg: l}
-	var last error
-	for range maxPlacements {
-		assigned, err := l.ticket.Wait(ctx, l.index, wait.queued)
-		if err != nil {
-			wait.failed(err)
-			return nil, err
-		}
-		if assigned.Shared && !l.join(ctx, assigned) {
-			continue
-		}
-		conn, err := l.take(ctx, assigned.Worker)
-		if err == nil {
-			wait.assigned(assigned)
-			close(l.placed)
-			return conn, nil
-		}
-		l.part()
-		if ctx.Err() != nil {
-			wait.failed(err)
-			return nil, err
-		}
-		last = err
-		l.build.log.Info("placing again", "platform", l.String(), "worker", assigned.Worker, "reason", err)
-		if !errors.Is(err, fleet.ErrNoSlot) {
-			var lost *build.LostError
-			if !errors.As(err, &lost) { // its buildkitd does not answer, or the session is gone: elsewhere may be no better
-				wait.failed(err)
-				return nil, l.failed(err, assigned.Worker)
-			}
-		}
-		l.ticket.Refused(l.index)
-	}
-	err := status.Errorf(codes.ResourceExhausted, "%s: no worker kept its slot free in %d tries: %v", l, maxPlacements, last)
-	wait.failed(err)
-	return nil, err
-}
-
-// join waits for the sibling in whose slot the leg is to run. It tells whether
-// the assignment still holds then: the slot may have been refused.
-func (l *leg) join(ctx context.Context, assigned schedule.Assignment) bool {
-	host := l.siblings[assigned.With]
-	select {
-	case <-host.placed:
-	case <-ctx.Done():
-		return false
-	}
-	if now, err := l.ticket.Wait(ctx, l.index, nil); err != nil || now != assigned {
-		return false
-	}
-	l.host = host
-	host.guests.Add(1)
-	return true
-}
-
-// part lets go of the sibling's slot.
-func (l *leg) part() {
-	if l.host != nil {
-		l.host.guests.Done()
-		l.host = nil
-	}
-}
-
-// take opens the attempt's connection while the sessions are being relayed.
-func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
-	worker, ok := l.build.farm.Fleet.Worker(name)
-	if !ok {
-		return nil, &build.LostError{Worker: name, Cause: errors.New("it left before the leg started")}
-	}
-	l.worker = worker
-	var conn *fleet.Conn
-	group, groupCtx := errgroup.WithContext(ctx)
-	open := worker.Take
-	if l.host != nil {
-		open = worker.Dial
-	}
-	group.Go(func() (err error) {
-		conn, err = open(groupCtx)
-		return err
-	})
-	for _, id := range l.build.sessions() {
-		group.Go(func() error { return l.expose(groupCtx, id) })
-	}
-	if err := group.Wait(); err != nil {
-		l.release()
-		if conn != nil {
-			_ = conn.Close()
-		}
-		return nil, err
-	}
-	return conn, nil
-}
-
-// expose makes one of the client's sessions known on the leg's worker. A session
-// that the client never opened is not missed before a step asks for it, and
-// BuildKit says so then.
-func (l *leg) expose(ctx context.Context, id string) error {
-	l.build.mu.Lock()
-	_, known := l.releases[id]
-	l.build.mu.Unlock()
-	if known {
-		return nil
-	}
-	release, err := l.build.farm.Relays.Expose(ctx, sessionWorker{l.worker}, id)
-	if status.Code(err) == codes.NotFound {
-		l.build.log.Info("session not relayed", "session", id, "reason", err)
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	l.build.mu.Lock()
-	defer l.build.mu.Unlock()
-	if _, known := l.releases[id]; known { // two frontend calls at once
-		release()
-		return nil
-	}
-	if l.releases == nil {
-		l.releases = map[string]func(){}
-	}
-	l.releases[id] = release
-	return nil
-}
-
-func (l *leg) release() {
-	l.build.mu.Lock()
-	releases := l.releases
-	l.releases = nil
-	l.build.mu.Unlock()
-	for _, release := range releases {
-		release()
-	}
-}
-
 // end frees everything the leg holds; reason, if any, is why what it was doing
 // did not finish.
 func (l *leg) end(reason error) {
@@ -224,8 +81,11 @@ func (l *leg) end(reason error) {
 		if reason != nil {
 			l.build.publish(l.log.Fail(time.Now(), build.Message(reason)))
 		}
+		l.build.mu.Lock()
+		l.over = true
+		l.build.mu.Unlock()
+		l.ticket.Release(l.index) // before the sessions, which wait for the worker
 		l.release()
-		l.ticket.Release(l.index)
 		l.part()
 	})
 }
@@ -235,9 +95,9 @@ func (l *leg) end(reason error) {
 // executed by then: BuildKit's solve is lazy, and evaluation is asked for afterwards.
 func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
 	evaluate := req.GetEvaluate()
-	if evaluate {
+	if evaluate || !req.GetAllowResultArrayRef() {
 		req = cloneSolve(req)
-		req.Evaluate = false
+		req.Evaluate, req.AllowResultArrayRef = false, true // the older form has no definitions to check
 	}
 	for _, id := range localSessions(req.GetFrontendOpt()) {
 		if err := l.expose(ctx, id); err != nil {

@@ -100,6 +100,9 @@ func (h *History) record(ctx context.Context, ref string, legs []dispatch.LegRec
 			merged.Ref = ref
 			continue
 		}
+		if merged.Results == nil {
+			merged.Results = map[string]*controlapi.BuildResultInfo{}
+		}
 		for platform, result := range record.Results {
 			merged.Results[platform] = result
 		}

@@ -7,23 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
-	"time"
 
-	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/auth"
+	"github.com/moby/buildkit/util/bklog"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/sirupsen/logrus"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -159,7 +155,7 @@ func TestPush_InsecureRegistriesMayHaveAnyCertificate(t *testing.T) {
 	g := &registry{}
 	server := httptest.NewUnstartedServer(g)
 	server.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
-	server.Config.ErrorLog = log.New(io.Discard, "", 0) // the refused handshake
+	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError) // the refused handshake
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	name := server.Listener.Addr().String() + "/app:v1"
@@ -284,14 +280,17 @@ func TestPush_OneClientsPasswordIsNotAnothers(t *testing.T) {
 	}
 }
 
+// everything is logrus.TraceLevel.
+const everything = 6
+
 // Not parallel: it listens to what the whole process logs.
 func TestPush_SaysAndLogsNoPassword(t *testing.T) {
 	var logged bytes.Buffer
-	logger := logrus.StandardLogger()
+	logger := bklog.L.Logger // BuildKit's and containerd's
 	before, level := logger.Out, logger.GetLevel()
-	logrus.SetOutput(&logged)
-	logrus.SetLevel(logrus.TraceLevel)
-	defer func() { logrus.SetOutput(before); logrus.SetLevel(level) }()
+	logger.SetOutput(&logged)
+	logger.SetLevel(everything)
+	defer func() { logger.SetOutput(before); logger.SetLevel(level) }()
 
 	for _, bearer := range []bool{false, true} {
 		g := &registry{user: "anna", password: "correct-horse", bearer: bearer}
@@ -333,104 +332,6 @@ func TestPush_ClientGoneWhileTheRegistryThinks(t *testing.T) {
 	err := (&client{}).open(t).Push(ctx, server.Listener.Addr().String()+"/app:v1", false, index("x"))
 	wantStatus(t, err, codes.Canceled, "app:v1")
 	<-gone
-}
-
-// inMemory hands requests to a handler without a network, so that time can be
-// the test's own.
-type inMemory struct{ http.Handler }
-
-func (m inMemory) RoundTrip(r *http.Request) (*http.Response, error) {
-	recorder := httptest.NewRecorder()
-	m.ServeHTTP(recorder, r)
-	response := recorder.Result()
-	response.Request = r
-	return response, nil
-}
-
-type failing struct{ err error }
-
-func (f failing) RoundTrip(*http.Request) (*http.Response, error) { return nil, f.err }
-
-// Not parallel: it replaces the package's connections.
-func TestPush_RegistryThatFailsIsTriedAgainButNotForever(t *testing.T) {
-	real := secureHosts
-	defer func() { secureHosts = real }()
-	through := func(transport http.RoundTripper) {
-		secureHosts = docker.ConfigureDefaultRegistries(docker.WithClient(&http.Client{Transport: transport}))
-	}
-	push := func(t *testing.T) (time.Duration, error) {
-		sessions, err := session.NewManager() // without a session: nobody is asked for a password
-		if err != nil {
-			t.Fatal(err)
-		}
-		start := time.Now()
-		err = Registry{Sessions: sessions, Session: identity.NewID()}.Push(t.Context(), "registry.example/app:v1", false, index("x"))
-		return time.Since(start), err
-	}
-	failures := func(n int) (*registry, *int) {
-		seen := new(int)
-		return &registry{answer: func(w http.ResponseWriter, r *http.Request) bool {
-			if r.Method != http.MethodPut || *seen >= n {
-				return false
-			}
-			*seen++
-			_, _ = io.Copy(io.Discard, r.Body)
-			refuse(w, http.StatusServiceUnavailable, "UNAVAILABLE", "on fire")
-			return true
-		}}, seen
-	}
-	t.Run("it recovers", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			g, _ := failures(2)
-			through(inMemory{g})
-			if _, err := push(t); err != nil {
-				t.Fatal(err)
-			}
-			if blob, _ := g.holds("app/v1"); blob == nil {
-				t.Error("nothing arrived")
-			}
-		})
-	})
-	t.Run("it does not", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			g, seen := failures(1000)
-			through(inMemory{g})
-			took, err := push(t)
-			wantStatus(t, err, codes.Unavailable, "registry.example/app:v1", "on fire")
-			if *seen < 2 || *seen > 10 || took > time.Minute {
-				t.Errorf("tried %d times in %s", *seen, took)
-			}
-		})
-	})
-	t.Run("it cannot be reached", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			through(failing{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}})
-			took, err := push(t)
-			wantStatus(t, err, codes.Unavailable, "registry.example/app:v1", "connection refused")
-			if took > time.Minute {
-				t.Errorf("tried for %s", took)
-			}
-		})
-	})
-	t.Run("it has had enough", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			through(inMemory{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-				refuse(w, http.StatusTooManyRequests, "TOOMANYREQUESTS", "slow down")
-			})})
-			took, err := push(t)
-			wantStatus(t, err, codes.Unavailable, "slow down")
-			if took > time.Minute {
-				t.Errorf("tried for %s", took)
-			}
-		})
-	})
-	t.Run("it makes the client wait too long", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			through(failing{context.DeadlineExceeded})
-			_, err := push(t)
-			wantStatus(t, err, codes.DeadlineExceeded, "registry.example/app:v1")
-		})
-	})
 }
 
 func TestPartly_TellsWhichNamesHaveMoved(t *testing.T) {

@@ -13,6 +13,14 @@ func (rs *Relays) Ended(worker, session string) <-chan struct{} {
 	return rs.active[relayKey{worker, session}].ended
 }
 
+// Used tells whether the relay of a session to a worker has users.
+func (rs *Relays) Used(worker, session string) bool {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	r, ok := rs.active[relayKey{worker, session}]
+	return ok && r.users > 0
+}
+
 // Len is the number of relays.
 func (rs *Relays) Len() int {
 	rs.mu.Lock()

@@ -20,7 +20,7 @@ import (
 )
 
 // patience bounds every wait of these tests; nothing comes near it unless it hangs.
-const patience = time.Minute
+const patience = 2 * time.Minute
 
 // maxMessage is BuildKit's cap.
 const maxMessage = 16 << 20

@@ -3,6 +3,7 @@ package session_test
 import (
 	"context"
 	"errors"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -54,6 +55,9 @@ func TestRelays_ANewUserIsNotCutOffByTheEndOfTheLast(t *testing.T) {
 	for range 50 {
 		var releasing sync.WaitGroup
 		releasing.Go(release)
+		for f.relays.Used("w", s.ID()) { // until the relay is ending
+			runtime.Gosched()
+		}
 		release = f.expose(t, w, s.ID())
 		releasing.Wait()
 		w.reaches(t, s.ID())

@@ -199,13 +199,13 @@ func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string
 	}
 	defer closeWorker()
 	close(r.ready)
-	r.serve(conn, session, cancel)
+	r.serve(session, conn, cancel)
 }
 
 // serve answers the worker's calls. At the end it waits a while for the worker to
 // have forgotten the session, which it tells by ending the stream; giveUp ends
 // the stream without.
-func (r *relay) serve(conn net.Conn, session context.Context, giveUp func()) {
+func (r *relay) serve(session context.Context, conn net.Conn, giveUp func()) {
 	server := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
 		grpc.UnknownServiceHandler(r.handle),

@@ -16,8 +16,13 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// maxNames bounds the references of one image.
-const maxNames = 1000
+const (
+	// maxNames bounds the references of one image.
+	maxNames = 1000
+	// maxReference bounds a reference in bytes: a host, a repository of at most
+	// 255, a tag of at most 128, a digest.
+	maxReference = 1 << 10
+)
 
 // Publication is what remains to be done once every leg has exported its part
 // of an image: the index, under the names that the client gave.
@@ -121,9 +126,12 @@ func (i *imageExport) names() error {
 		return status.Errorf(codes.InvalidArgument, "reading the image's names: %d names, at most %d are possible", n, maxNames)
 	}
 	for name := range strings.SplitSeq(i.Publication.Name, ",") {
+		if len(name) > maxReference {
+			return status.Errorf(codes.InvalidArgument, "reading the image's name %q: %d bytes, at most %d are possible", shorten(name, maxName), len(name), maxReference)
+		}
 		named, err := reference.ParseNormalizedNamed(name)
 		if err != nil {
-			return status.Errorf(codes.InvalidArgument, "reading the image's name %q: %v", shorten(name, reference.RepositoryNameTotalLengthMax), err)
+			return status.Errorf(codes.InvalidArgument, "reading the image's name %q: %v", name, err)
 		}
 		if i.ByDigest && !reference.IsNameOnly(named) {
 			return status.Errorf(codes.InvalidArgument, "can't push tagged ref %s by digest", named)

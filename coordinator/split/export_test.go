@@ -105,7 +105,7 @@ func TestPlanExports_RefusesWhatCannotBeMerged(t *testing.T) {
 		"a name chosen later":             {[]*controlapi.Exporter{image("name=*", "push=true")}, codes.Unimplemented, []string{`name="*"`}},
 		"a name that is none":             {[]*controlapi.Exporter{image("name=App:v1", "push=true")}, codes.InvalidArgument, []string{`"App:v1"`}},
 		"an empty name among others":      {[]*controlapi.Exporter{image("name=app,", "push=true")}, codes.InvalidArgument, []string{`""`}},
-		"a name without end":              {[]*controlapi.Exporter{image("name="+strings.Repeat("a", 1<<20), "push=true")}, codes.InvalidArgument, nil},
+		"a name without end":              {[]*controlapi.Exporter{image("name="+strings.Repeat("a", 1<<20), "push=true")}, codes.InvalidArgument, []string{"1048576 bytes"}},
 		"names without end":               {[]*controlapi.Exporter{image("name="+tooMany, "push=true")}, codes.InvalidArgument, []string{"1001 names"}},
 		"a tag by digest":                 {[]*controlapi.Exporter{image("name=app:v1", "push=true", "push-by-digest=true")}, codes.InvalidArgument, []string{"can't push tagged ref", "app:v1"}},
 		"neither true nor false":          {[]*controlapi.Exporter{image("name=app", "push=perhaps")}, codes.InvalidArgument, []string{`"perhaps"`, "push"}},

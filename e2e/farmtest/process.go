@@ -66,8 +66,20 @@ func StartProcess(t T, spec Spec) *Process {
 			return
 		}
 		p.stop(t)
+		p.complain(t)
 	})
 	return p
+}
+
+// complain fails the test for what no program may say, whatever the test is about. The race detector speaks where the
+// tested binary was built with -race.
+func (p *Process) complain(t T) {
+	text := "\n" + p.Output()
+	for _, sign := range []string{"\nWARNING: DATA RACE", "\npanic: ", "\nfatal error: "} {
+		if i := strings.Index(text, sign); i >= 0 {
+			t.Errorf("%s said:%s", p.Name, text[i:min(len(text), i+logTail)])
+		}
+	}
 }
 
 // spawn starts every process from one thread that never ends: the kernel sends Pdeathsig when the *thread* that

@@ -26,6 +26,7 @@ func bench(ctx context.Context, t farmtest.T, o options, out io.Writer) {
 	r := newRig(t)
 	fmt.Fprintf(out, "%d CPUs, %s; wall-clock time of buildx build, sides in turns; the farm by TCP, others by unix socket\n", runtime.NumCPU(), runtime.Version())
 	var outcomes []outcome
+	defer func() { table(t, out, outcomes) }() // what is known, if something ends this early
 	for _, c := range r.cached(t, o) {
 		outcomes = append(outcomes, c.run(ctx, t, late))
 		t.Logf("%s: done after %s", c.name, time.Since(start).Round(time.Second))
@@ -46,11 +47,7 @@ func bench(ctx context.Context, t farmtest.T, o options, out io.Writer) {
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	fmt.Fprintln(out)
-	if err := table(out, outcomes); err != nil {
-		t.Fatalf("writing the table: %v", err)
-	}
-	fmt.Fprintf(out, "\ncoordinator's peak memory: %.0f MiB with the large context (goal below %d MiB: %s), %.0f MiB before\n",
+	fmt.Fprintf(out, "coordinator's peak memory: %.0f MiB with the large context (goal below %d MiB: %s), %.0f MiB before\n",
 		mebibytes(used), memoryGoal>>20, verdict(used < memoryGoal), mebibytes(idle))
 	fmt.Fprintf(out, "took %s\n", time.Since(start).Round(time.Second))
 }
@@ -100,8 +97,8 @@ func (r *rig) large(t farmtest.T, o options) []contest {
 			return r.build(t, builder, r.both, s.dir)
 		}},
 		{name: what + ", pushed", sides: sides, rounds: o.Rounds, goal: goal, prepare: prepare, build: func(t farmtest.T, builder string) (took time.Duration) {
-			within(t, func(t farmtest.T) { // a registry that is empty, and ends with the build, as it keeps layers in memory
-				registry := farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{})
+			within(t, func(t farmtest.T) { // an empty registry, whose layers go with it
+				registry := startRegistry(t, r.tools)
 				took = r.build(t, builder, r.both, s.dir, "--push", "--tag", repository(registry, "large", builder), "--provenance=false")
 			})
 			return took

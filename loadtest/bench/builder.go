@@ -22,7 +22,7 @@ var names = map[string]string{theFarm: "farm", twoNodes: "nodes", oneNode: "one"
 type rig struct {
 	tools    farmtest.Tools
 	farm     *farmtest.Farm
-	registry *farmtest.Registry
+	registry string // its host
 	native   string // the platform of this machine
 	both     string // that and the one that the second worker is told to be
 }
@@ -36,7 +36,7 @@ func newRig(t farmtest.T) *rig {
 		foreign = "linux/amd64"
 	}
 	r := &rig{tools: tools, native: native, both: native + "," + foreign}
-	r.registry = farmtest.StartRegistry(t, tools, farmtest.RegistryOptions{})
+	r.registry = startRegistry(t, tools)
 	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{
 		{Name: "native", Platforms: []string{native}, Slots: 1},
 		{Name: "told", Platforms: []string{foreign}, Slots: 1}, // its Dockerfiles must not execute anything
@@ -85,7 +85,7 @@ func (r *rig) forget(t farmtest.T) {
 }
 
 // repository names a repository: a side's own, lest one side finds in the registry what another has pushed.
-func repository(registry *farmtest.Registry, contest, builder string) string {
+func repository(registry, contest, builder string) string {
 	clean := strings.NewReplacer(" ", "-", ",", "", "(", "", ")", "")
-	return registry.Host + "/" + clean.Replace(strings.ToLower(contest)) + "/" + clean.Replace(builder)
+	return registry + "/" + clean.Replace(strings.ToLower(contest)) + "/" + clean.Replace(builder)
 }

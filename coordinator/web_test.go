@@ -1,0 +1,143 @@
+package coordinator
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/archfarm/archfarm/address"
+)
+
+// served is a coordinator's web, without the rest of it being served.
+func served(t *testing.T, cfg Config) (c *coordinator, get func(method, path string) (int, string)) {
+	t.Helper()
+	cfg.Listen, cfg.DataDir, cfg.Version = []address.Address{tcp}, "unused", "v1.2.3"
+	if err := cfg.validate(); err != nil {
+		t.Fatal(err)
+	}
+	c, err := assembleCoordinator(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.farm.Fleet.Close)
+	var bound Bound
+	server, listener, err := c.web(t.Context(), &bound)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(listener) }()
+	t.Cleanup(func() {
+		_ = server.Close()
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
+	})
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	return c, func(method, path string) (int, string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+bound.HTTP+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return response.StatusCode, string(body)
+	}
+}
+
+func TestWeb_ADrainingCoordinatorIsHealthyButNotReady(t *testing.T) {
+	t.Parallel()
+	c, get := served(t, Config{HTTP: "127.0.0.1:0"})
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if code, body := get(http.MethodGet, path); code != http.StatusOK || body != "ok\n" {
+			t.Errorf("%s: %d %q", path, code, body)
+		}
+	}
+	if err := c.builds.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if code, body := get(http.MethodGet, "/readyz"); code != http.StatusServiceUnavailable || body != "draining\n" {
+		t.Errorf("/readyz while draining: %d %q", code, body)
+	}
+	if code, _ := get(http.MethodGet, "/healthz"); code != http.StatusOK {
+		t.Errorf("/healthz while draining: %d", code)
+	}
+}
+
+func TestWeb_Metrics(t *testing.T) {
+	t.Parallel()
+	c, get := served(t, Config{HTTP: "127.0.0.1:0"})
+	c.farm.Metrics.Begun()("OK")
+	code, body := get(http.MethodGet, "/metrics")
+	if code != http.StatusOK {
+		t.Fatalf("%d %s", code, body)
+	}
+	for _, line := range []string{
+		`archfarm_build_info{goversion=`, `version="v1.2.3"} 1`, `archfarm_builds_total{code="OK"} 1`, "archfarm_builds_running 0", "archfarm_sessions 0",
+		"go_goroutines ", "process_resident_memory_bytes ",
+	} {
+		if !strings.Contains(body, line) {
+			t.Errorf("no %q among the metrics", line)
+		}
+	}
+}
+
+func TestWeb_OffersNothingElse(t *testing.T) {
+	t.Parallel()
+	_, get := served(t, Config{HTTP: "127.0.0.1:0"})
+	for _, path := range []string{"/", "/debug/pprof/", "/debug/pprof/heap", "/healthz/x"} {
+		if code, _ := get(http.MethodGet, path); code != http.StatusNotFound {
+			t.Errorf("%s: %d", path, code)
+		}
+	}
+	if code, _ := get(http.MethodPost, "/readyz"); code != http.StatusMethodNotAllowed {
+		t.Errorf("POST /readyz: %d", code)
+	}
+}
+
+func TestWeb_ProfilesOnlyWhenAskedFor(t *testing.T) {
+	t.Parallel()
+	_, get := served(t, Config{HTTP: "127.0.0.1:0", Pprof: true})
+	if code, body := get(http.MethodGet, "/debug/pprof/goroutine?debug=1"); code != http.StatusOK || !strings.Contains(body, "goroutine profile") {
+		t.Errorf("%d %s", code, body)
+	}
+}
+
+func TestWeb_NowhereWhenNoAddressIsGiven(t *testing.T) {
+	t.Parallel()
+	c := &coordinator{}
+	var bound Bound
+	server, listener, err := c.web(t.Context(), &bound)
+	if err != nil || bound.HTTP != "" {
+		t.Fatalf("bound to %q, %v", bound.HTTP, err)
+	}
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		t.Error(err)
+	}
+}
+
+func TestWeb_AddressInUse(t *testing.T) {
+	t.Parallel()
+	other, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	c := &coordinator{cfg: Config{HTTP: other.Addr().String()}}
+	_, _, err = c.web(context.Background(), &Bound{})
+	if err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
+		t.Errorf("got %v", err)
+	}
+}
