@@ -195,12 +195,13 @@ func (b *Build) Return(req *gwpb.ReturnRequest) error {
 }
 
 // legsOf returns the legs that a frontend request concerns, in the order it asks
-// for them, and starts the build's legs if this is its first.
-func (b *Build) legsOf(ctx context.Context, wanted []split.Leg) ([]*leg, error) {
+// for them, and starts the build's legs if this is its first. A question about the
+// build (requestid) starts no more than it needs.
+func (b *Build) legsOf(ctx context.Context, wanted []split.Leg, question bool) ([]*leg, error) {
 	b.starting.Lock()
 	defer b.starting.Unlock()
 	if len(b.running()) == 0 {
-		if err := b.start(ctx, wanted); err != nil {
+		if err := b.start(ctx, wanted, question); err != nil {
 			return nil, err
 		}
 	}
@@ -219,7 +220,7 @@ func (b *Build) legsOf(ctx context.Context, wanted []split.Leg) ([]*leg, error) 
 }
 
 // start queues all legs at once, places them, and begins their attempts.
-func (b *Build) start(ctx context.Context, wanted []split.Leg) error {
+func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) error {
 	if b.ctx.Err() != nil {
 		return context.Cause(b.ctx)
 	}
@@ -228,7 +229,7 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg) error {
 		return err
 	}
 	all := wanted
-	if len(announced) > 1 {
+	if len(announced) > 1 && !question {
 		all = announced
 	}
 	var exports *split.Exports
@@ -285,23 +286,23 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 		endAll(legs, err)
 		ticket.Close()
 		var none *build.NoWorkerError
-		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return b.demand(l.Leg, "").Anywhere && !l.anywhere }) {
+		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return !l.guest && b.foreign(l.Leg) }) {
 			return nil, err
 		}
 	}
 }
 
-// enqueue asks for a slot for each leg. A platform that is native nowhere may
-// still be built anywhere, provided that nothing executes: that is checked once
-// the frontend has said what would.
+// enqueue asks for a slot for each leg.
 func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	key := b.warmthKey()
 	var legs []*leg
 	var demands []schedule.Demand
 	for i, s := range all {
-		demand := b.demand(s, key)
-		demands = append(demands, demand)
-		legs = append(legs, &leg{Leg: s, build: b, index: i, key: s.String(), anywhere: demand.Anywhere, placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1)})
+		demands = append(demands, b.demand(s, key))
+		legs = append(legs, &leg{
+			Leg: s, build: b, index: i, key: s.String(), guest: b.foreign(s), split: len(all) > 1,
+			placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1),
+		})
 	}
 	ticket, err := b.farm.Scheduler.Enqueue(demands)
 	if err != nil {
@@ -313,12 +314,26 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	return legs, ticket, nil
 }
 
+// foreign tells whether the farm, which has workers, runs a platform nowhere natively.
+func (b *Build) foreign(l split.Leg) bool {
+	return !l.Unnamed() && !b.farm.Scheduler.Native(l.Platform) && len(b.farm.Scheduler.Snapshot()) > 0
+}
+
+// demand is what a leg asks of the scheduler. A platform that is native nowhere
+// may be built where builds without a platform are, so that its build platform is
+// the same every time, or else anywhere; provided that nothing of it executes:
+// that is checked once the frontend has said what would.
 func (b *Build) demand(l split.Leg, key string) schedule.Demand {
-	if l.Unnamed() {
-		return schedule.Demand{Platform: b.farm.DefaultPlatform(), Key: key}
+	usual := b.farm.DefaultPlatform()
+	switch {
+	case l.Unnamed():
+		return schedule.Demand{Platform: usual, Key: key}
+	case !b.foreign(l):
+		return schedule.Demand{Platform: l.Platform, Key: key}
+	case b.farm.Scheduler.Native(usual):
+		return schedule.Demand{Platform: usual, Key: key + l.String()}
 	}
-	anywhere := !b.farm.Scheduler.Native(l.Platform) && len(b.farm.Scheduler.Snapshot()) > 0
-	return schedule.Demand{Platform: l.Platform, Anywhere: anywhere, Key: key}
+	return schedule.Demand{Platform: l.Platform, Anywhere: true, Key: key}
 }
 
 // warmthKey identifies the project: the client's context, Dockerfile and target.
@@ -365,10 +380,13 @@ func (l *leg) mayExecute(def *pb.Definition) error {
 			continue
 		}
 		platform := split.Leg{Platform: *e.Platform}.String()
-		return &build.NoWorkerError{
-			Platform: platform, Step: progress.StepName(platform, e.Name),
-			Fleet: schedule.Fleet(l.build.farm.Scheduler.Snapshot()),
+		step := progress.StepName(platform, e.Name)
+		if l.build.farm.Scheduler.Native(*e.Platform) {
+			return status.Errorf(codes.FailedPrecondition,
+				"%q executes on %s, but its leg %s is on worker %s, which runs %s natively: this version of archfarm does not move legs; write FROM --platform=$BUILDPLATFORM for a stage that may run anywhere",
+				step, platform, l, l.worker.Name, platforms.FormatAll(l.worker.Platforms[0]))
 		}
+		return &build.NoWorkerError{Platform: platform, Step: step, Fleet: schedule.Fleet(l.build.farm.Scheduler.Snapshot())}
 	}
 	return nil
 }
@@ -398,7 +416,7 @@ type Exported struct {
 // others are stopped and its error is returned; nothing has been tagged by then.
 func (b *Build) Export(ctx context.Context, result *gwpb.Result) (*Exported, error) {
 	if len(b.running()) == 0 && len(split.Exporters(b.req)) > 0 { // an empty result, to be exported all the same
-		if _, err := b.legsOf(ctx, []split.Leg{{}}); err != nil {
+		if _, err := b.legsOf(ctx, []split.Leg{{}}, false); err != nil {
 			return nil, err
 		}
 	}

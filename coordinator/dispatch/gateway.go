@@ -22,7 +22,7 @@ func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveR
 	b.mu.Lock()
 	b.extra = append(b.extra, localSessions(req.GetFrontendOpt())...)
 	b.mu.Unlock()
-	legs, err := b.legsOf(ctx, wanted)
+	legs, err := b.legsOf(ctx, wanted, split.Question(req.GetFrontendOpt()))
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +105,7 @@ func (b *Build) any(ctx context.Context, platform *split.Leg) (*leg, error) {
 	if platform != nil && slices.ContainsFunc(wanted, func(l split.Leg) bool { return l.String() == platform.String() }) {
 		wanted = []split.Leg{*platform}
 	}
-	legs, err := b.legsOf(ctx, wanted)
+	legs, err := b.legsOf(ctx, wanted, false)
 	if err != nil {
 		return nil, err
 	}

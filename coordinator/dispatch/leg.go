@@ -37,13 +37,14 @@ const maxIndex = 4 << 20
 // leg is a Leg while it runs.
 type leg struct {
 	split.Leg
-	build    *Build
-	ticket   *schedule.Ticket
-	index    int    // in the order asked
-	key      string // of its platform in results
-	anywhere bool   // placed on any worker, for want of a native one
-	log      *progress.Leg
+	build  *Build
+	ticket *schedule.Ticket
+	index  int    // in the order asked
+	key    string // of its platform in results
+	log    *progress.Leg
 
+	guest    bool           // on a worker of another platform, for want of a native one
+	split    bool           // one of several
 	siblings []*leg         // all legs of the build, this one included
 	placed   chan struct{}  // closed when the leg has its connection
 	round    chan struct{}  // closed, and replaced, when a slot was refused to it; guarded by build.mu
@@ -64,7 +65,7 @@ func (l *leg) start(ctx context.Context, exporters []*controlapi.Exporter) error
 	if err != nil {
 		return err
 	}
-	req := l.Solve(l.build.req, identity.NewID(), exporters)
+	req := l.Solve(l.build.req, identity.NewID(), exporters, l.split)
 	l.attempt = startAttempt(l.build.ctx, conn, req, l)
 	l.build.farm.Metrics.attempt(l.String(), l.worker.Name)
 	return nil
@@ -79,7 +80,7 @@ func (l *leg) end(reason error) {
 			l.attempt.close()
 		}
 		if reason != nil {
-			l.build.publish(l.log.Fail(time.Now(), build.Message(reason)))
+			l.build.publish(l.log.Fail(time.Now(), l.why(reason)))
 		}
 		l.build.mu.Lock()
 		l.over = true
@@ -88,6 +89,16 @@ func (l *leg) end(reason error) {
 		l.release()
 		l.part()
 	})
+}
+
+// why is the reason as the leg's own steps show it: that of another leg has only
+// cancelled this one.
+func (l *leg) why(reason error) string {
+	var other *build.LegError
+	if errors.As(reason, &other) && other.Platform != l.String() {
+		return "canceled: " + build.Message(reason)
+	}
+	return build.Message(reason)
 }
 
 // solve runs one frontend request on the leg's worker, and refuses the answer

@@ -127,7 +127,11 @@ func refused(name string, err error) error {
 	if err == nil {
 		return nil
 	}
-	return status.Error(codeOf(err), fmt.Sprintf("failed to push %s: %v", name, errutil.WithDetails(err)))
+	text := errutil.WithDetails(err).Error()
+	if answer := answered(err); answer != 0 && !strings.Contains(text, http.StatusText(answer)) {
+		text = fmt.Sprintf("%d %s: %s", answer, http.StatusText(answer), text)
+	}
+	return status.Error(codeOf(err), fmt.Sprintf("failed to push %s: %s", name, text))
 }
 
 func codeOf(err error) codes.Code {

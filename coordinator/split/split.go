@@ -85,11 +85,14 @@ func Legs(opt map[string]string) ([]Leg, error) {
 			return nil, status.Errorf(codes.InvalidArgument, "conflicting options: %d platforms with multi-platform=%q", len(legs), v)
 		}
 	}
-	if opt[optRequestID] != "" {
+	if Question(opt) {
 		return legs[:1], nil
 	}
 	return legs, nil
 }
+
+// Question tells whether a request only asks the frontend about the build.
+func Question(opt map[string]string) bool { return opt[optRequestID] != "" }
 
 // parse reads one platform. Its parts end up in names of stages and images, so
 // they must begin with a letter or digit, which containerd does not ask for.
@@ -208,13 +211,18 @@ func DefinitionLeg(def *pb.Definition) (Leg, error) {
 	return first, nil
 }
 
-// Solve returns the request that starts one leg on a worker. The leg's frontend
+// Solve returns the request that starts one leg on a worker, narrowed to its
+// platform when it is one of several. The leg's frontend
 // calls follow separately, as the client's do.
-func (l Leg) Solve(req *controlapi.SolveRequest, ref string, exporters []*controlapi.Exporter) *controlapi.SolveRequest {
+func (l Leg) Solve(req *controlapi.SolveRequest, ref string, exporters []*controlapi.Exporter, narrow bool) *controlapi.SolveRequest {
+	attrs := req.GetFrontendAttrs()
+	if narrow {
+		attrs = l.attrs(attrs)
+	}
 	return &controlapi.SolveRequest{
 		Ref:                   ref,
 		Session:               req.GetSession(),
-		FrontendAttrs:         l.attrs(req.GetFrontendAttrs()),
+		FrontendAttrs:         attrs,
 		Cache:                 req.GetCache(),
 		Entitlements:          req.GetEntitlements(),
 		FrontendInputs:        req.GetFrontendInputs(),

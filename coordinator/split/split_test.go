@@ -139,7 +139,7 @@ func TestSolve_EveryFieldOfTheRequestReachesTheLegOrIsMeantNotTo(t *testing.T) {
 	}
 	req.FrontendAttrs = map[string]string{"platform": "linux/amd64,linux/arm64", "target": "app"}
 	exporters := []*controlapi.Exporter{{Type: "image"}}
-	out := legsFor(t, "linux/arm64")[0].Solve(req, "a-new-reference", exporters)
+	out := legsFor(t, "linux/arm64")[0].Solve(req, "a-new-reference", exporters, true)
 
 	if out.GetRef() != "a-new-reference" {
 		t.Errorf("the leg's reference is %q", out.GetRef())
@@ -179,7 +179,7 @@ func fill(m protoreflect.Message, f protoreflect.FieldDescriptor) {
 
 func TestSolve_LeavesThePlatformToTheBuilderWhenTheClientDoes(t *testing.T) {
 	t.Parallel()
-	out := Leg{}.Solve(&controlapi.SolveRequest{FrontendAttrs: map[string]string{"target": "app"}}, "ref", nil)
+	out := Leg{}.Solve(&controlapi.SolveRequest{FrontendAttrs: map[string]string{"target": "app"}}, "ref", nil, false)
 	if _, ok := out.GetFrontendAttrs()["platform"]; ok {
 		t.Errorf("attributes %v name a platform", out.GetFrontendAttrs())
 	}
