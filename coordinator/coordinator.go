@@ -36,6 +36,9 @@ import (
 const (
 	// maxMessage is BuildKit's cap for one message of its API.
 	maxMessage = 16 << 20
+	// maxStreams bounds the calls that one connection has open at a time: a build
+	// needs about five.
+	maxStreams = 1000
 	// farewell is how long clients have for the last words of their streams once
 	// every build has ended.
 	farewell = 2 * time.Second
@@ -246,7 +249,8 @@ func (c *coordinator) gossip(ctx context.Context, bound *Bound) (*gossip.Node, e
 func (c *coordinator) server() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		grpc.UnaryInterceptor(unaryStatus), grpc.StreamInterceptor(streamStatus),
+		grpc.UnaryInterceptor(c.unary), grpc.StreamInterceptor(c.stream),
+		grpc.MaxConcurrentStreams(maxStreams),
 		// A client or worker that vanished without a word is noticed within a minute.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"testing"
 
 	"github.com/moby/buildkit/solver/errdefs"
@@ -84,17 +86,36 @@ func TestAsStatus_EveryErrorHasACode(t *testing.T) {
 
 func TestInterceptors_AnswerWithAStatus(t *testing.T) {
 	t.Parallel()
-	_, err := unaryStatus(t.Context(), nil, nil, func(context.Context, any) (any, error) { return nil, &build.LostError{Worker: "mac-1"} })
+	c := &coordinator{log: slog.New(slog.DiscardHandler)}
+	call, stream := &grpc.UnaryServerInfo{FullMethod: "/a/Call"}, &grpc.StreamServerInfo{FullMethod: "/a/Stream"}
+	_, err := c.unary(t.Context(), nil, call, func(context.Context, any) (any, error) { return nil, &build.LostError{Worker: "mac-1"} })
 	if status.Code(err) != codes.Unavailable {
 		t.Errorf("a call ends with %v", err)
 	}
-	err = streamStatus(nil, serverStream{ctx: t.Context()}, nil, func(any, grpc.ServerStream) error { return context.Canceled })
+	err = c.stream(nil, serverStream{ctx: t.Context()}, stream, func(any, grpc.ServerStream) error { return context.Canceled })
 	if status.Code(err) != codes.Canceled {
 		t.Errorf("a stream ends with %v", err)
 	}
-	resp, err := unaryStatus(t.Context(), 1, nil, func(_ context.Context, req any) (any, error) { return req, nil })
+	resp, err := c.unary(t.Context(), 1, call, func(_ context.Context, req any) (any, error) { return req, nil })
 	if resp != 1 || err != nil {
 		t.Errorf("a call that works ends with %v, %v", resp, err)
+	}
+}
+
+func TestInterceptors_APanicEndsItsCallOnly(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	c := &coordinator{log: slog.New(slog.NewTextHandler(&log, nil))}
+	_, err := c.unary(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: "/a/Call"}, func(context.Context, any) (any, error) { panic("oops") })
+	if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "/a/Call") || strings.Contains(err.Error(), "oops") {
+		t.Errorf("a call that panics ends with %v", err)
+	}
+	err = c.stream(nil, serverStream{ctx: t.Context()}, &grpc.StreamServerInfo{FullMethod: "/a/Stream"}, func(any, grpc.ServerStream) error { panic("oops") })
+	if status.Code(err) != codes.Internal {
+		t.Errorf("a stream that panics ends with %v", err)
+	}
+	if strings.Count(log.String(), "cause=oops") != 2 {
+		t.Errorf("the log does not tell of both: %s", log.String())
 	}
 }
 

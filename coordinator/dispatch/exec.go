@@ -31,6 +31,7 @@ func (b *Build) ExecProcess(client gwpb.LLBBridge_ExecProcessServer) error {
 		}
 		return group.Wait()
 	case <-ctx.Done(): // a worker's end; the client may be waiting for just its answer
+		_ = group.Wait()
 		return context.Cause(ctx)
 	}
 }

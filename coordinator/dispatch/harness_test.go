@@ -122,8 +122,10 @@ type daemon struct {
 // job is one attempt as its daemon sees it.
 type job struct {
 	req      *controlapi.SolveRequest
-	returned chan *gwpb.ReturnRequest
+	returned chan struct{}
 	ended    chan struct{} // the solve has
+
+	result *gwpb.Result // set when returned is closed
 }
 
 func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
@@ -168,7 +170,7 @@ func (d *daemon) job(ref string) *job {
 	defer d.mu.Unlock()
 	j, ok := d.jobs[ref]
 	if !ok {
-		j = &job{returned: make(chan *gwpb.ReturnRequest, 1), ended: make(chan struct{})}
+		j = &job{returned: make(chan struct{}), ended: make(chan struct{})}
 		d.jobs[ref] = j
 	}
 	return j
@@ -243,7 +245,9 @@ func (d *daemon) reference(def *pb.Definition) *gwpb.Result {
 
 func (b *bridge) Return(ctx context.Context, req *gwpb.ReturnRequest) (*gwpb.ReturnResponse, error) {
 	b.count("Return")
-	b.d.job(buildid.FromIncomingContext(ctx)).returned <- req
+	j := b.d.job(buildid.FromIncomingContext(ctx))
+	j.result = req.GetResult()
+	close(j.returned)
 	return &gwpb.ReturnResponse{}, nil
 }
 

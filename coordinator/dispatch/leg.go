@@ -7,15 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
-	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
@@ -223,13 +220,4 @@ func cloneSolve(req *gwpb.SolveRequest) *gwpb.SolveRequest {
 		Final: req.GetFinal(), ExporterAttr: req.GetExporterAttr(), CacheImports: req.GetCacheImports(),
 		FrontendInputs: req.GetFrontendInputs(), Evaluate: req.GetEvaluate(), SourcePolicies: req.GetSourcePolicies(),
 	}
-}
-
-// runs tells whether a worker runs a platform natively: exactly this one, since
-// workers list every variant and hardware knows no "compatible".
-func runs(worker *fleet.Worker, p ocispecs.Platform) bool {
-	p = platforms.Normalize(p)
-	return slices.ContainsFunc(worker.Platforms, func(n ocispecs.Platform) bool {
-		return n.OS == p.OS && n.Architecture == p.Architecture && strings.EqualFold(n.Variant, p.Variant)
-	})
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -18,6 +19,14 @@ import (
 // maxRecords bounds the builds that are remembered. What they produced stays on
 // their workers, subject to the workers' own garbage collection.
 const maxRecords = 1000
+
+const (
+	// maxBlobs bounds what is remembered of where blobs are. It is only a cache of
+	// what Listen found out: clients ask for the record first, which finds out again.
+	maxBlobs = 8 * maxRecords
+	// fetchTimeout bounds the wait for one worker's record.
+	fetchTimeout = 5 * time.Second
+)
 
 // History answers what clients ask of a build after it has ended: which
 // attestations it has, and their content. It remembers where the legs ran and
@@ -53,9 +62,6 @@ func (h *History) Add(ref string, legs []dispatch.LegRecord) {
 		delete(h.legs, h.order[0])
 		h.order = h.order[1:]
 	}
-	if len(h.blobs) > 8*maxRecords { // only a cache of what Listen found out: ask again
-		clear(h.blobs)
-	}
 }
 
 // Listen sends the record of the build that is asked for, if it is remembered.
@@ -84,6 +90,9 @@ func (h *History) record(ctx context.Context, ref string, legs []dispatch.LegRec
 	var merged *controlapi.BuildHistoryRecord
 	for _, leg := range legs {
 		record, err := h.fetch(ctx, leg)
+		if unreachable(err) { // the build succeeded: that its worker is gone by now must not make the client fail
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -117,18 +126,24 @@ func (h *History) record(ctx context.Context, ref string, legs []dispatch.LegRec
 	return merged, nil
 }
 
+// unreachable tells an error of the way to a worker from one that it answered.
+func unreachable(err error) bool {
+	code := status.Code(err)
+	return code == codes.Unavailable || code == codes.DeadlineExceeded
+}
+
 // fetch asks a worker for its record of a leg; nil when it has none.
 func (h *History) fetch(ctx context.Context, leg dispatch.LegRecord) (*controlapi.BuildHistoryRecord, error) {
 	worker, ok := h.fleet.Worker(leg.Worker)
 	if !ok {
 		return nil, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
 	conn, err := worker.Control(ctx)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	stream, err := controlapi.NewControlClient(conn).ListenBuildHistory(ctx, &controlapi.BuildHistoryRequest{Ref: leg.Ref, EarlyExit: true})
 	if err != nil {
 		return nil, err
@@ -151,6 +166,9 @@ func (h *History) fetch(ctx context.Context, leg dispatch.LegRecord) (*controlap
 func (h *History) locate(record *controlapi.BuildHistoryRecord, worker string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if len(h.blobs) > maxBlobs {
+		clear(h.blobs)
+	}
 	results := []*controlapi.BuildResultInfo{record.GetResult()}
 	for _, result := range record.GetResults() {
 		results = append(results, result)

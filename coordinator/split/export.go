@@ -39,8 +39,8 @@ type Publication struct {
 	Index, IndexDescriptor map[string]string
 }
 
-// Exports is how a build of several legs is exported.
-type Exports struct {
+// ExportPlan is how a build of several legs is exported.
+type ExportPlan struct {
 	exporters []*controlapi.Exporter
 	image     *imageExport
 }
@@ -65,8 +65,8 @@ func Exporters(req *controlapi.SolveRequest) []*controlapi.Exporter {
 // PlanExports decides how several legs export what the client asked for. What
 // cannot be merged from several legs is refused with Unimplemented: writing one
 // platform and calling it done would be worse.
-func PlanExports(exporters []*controlapi.Exporter, legs []Leg) (*Exports, error) {
-	plan := &Exports{exporters: exporters}
+func PlanExports(exporters []*controlapi.Exporter, legs []Leg) (*ExportPlan, error) {
+	plan := &ExportPlan{exporters: exporters}
 	for i, e := range exporters {
 		switch e.GetType() {
 		case client.ExporterImage:
@@ -196,7 +196,7 @@ func flag(k, v string) (bool, error) {
 
 // Leg returns the exporters of one leg: an image is pushed by its digest only,
 // so that no tag moves before every leg has succeeded.
-func (e *Exports) Leg(leg Leg) []*controlapi.Exporter {
+func (e *ExportPlan) Leg(leg Leg) []*controlapi.Exporter {
 	out := slices.Clone(e.exporters)
 	if e.image == nil {
 		return out
@@ -216,8 +216,8 @@ func (e *Exports) Leg(leg Leg) []*controlapi.Exporter {
 	return out
 }
 
-// Image returns what is to be published, and whether the build has an image at all.
-func (e *Exports) Image() (Publication, bool) {
+// Publication returns what is to be published, and whether the build has an image at all.
+func (e *ExportPlan) Publication() (Publication, bool) {
 	if e == nil || e.image == nil {
 		return Publication{}, false
 	}

@@ -45,7 +45,7 @@ func TestPlanExports_LegsPushByDigestToRepositoriesOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	publication, ok := plan.Image()
+	publication, ok := plan.Publication()
 	want := Publication{Name: names, Names: strings.Split(names, ","), Insecure: true, Index: map[string]string{}, IndexDescriptor: map[string]string{}}
 	wantEqual(t, "publication", publication, want)
 	if !ok {
@@ -75,7 +75,7 @@ func TestPlanExports_EachAnnotationGoesToWhereItBelongs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	publication, _ := plan.Image()
+	publication, _ := plan.Publication()
 	wantEqual(t, "of the index", publication.Index, map[string]string{"whole": "7"})
 	wantEqual(t, "of its descriptor", publication.IndexDescriptor, map[string]string{"whole": "8"})
 	for i, want := range [][]string{
@@ -136,7 +136,7 @@ func TestPlanExports_NothingIsPublishedUnlessPushed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if p, ok := plan.Image(); !ok || len(p.Names) > 0 {
+			if p, ok := plan.Publication(); !ok || len(p.Names) > 0 {
 				t.Errorf("to be published: %v (an image: %t)", p.Names, ok)
 			}
 			wantEqual(t, "the leg's attributes", plan.Leg(legs[0])[0].GetAttrs(), image(attrs...).GetAttrs())
@@ -146,15 +146,15 @@ func TestPlanExports_NothingIsPublishedUnlessPushed(t *testing.T) {
 
 func TestImage_BuildsWithoutOne(t *testing.T) {
 	t.Parallel()
-	var none *Exports
-	if _, ok := none.Image(); ok {
+	var none *ExportPlan
+	if _, ok := none.Publication(); ok {
 		t.Error("a build of one leg has an image to merge")
 	}
 	plan, err := PlanExports([]*controlapi.Exporter{{Type: "local"}, {Type: "cacheonly"}}, legsFor(t, "linux/amd64,linux/arm64"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, ok := plan.Image(); ok {
+	if _, ok := plan.Publication(); ok {
 		t.Error("a build into a folder has an image")
 	}
 	if got := plan.Leg(legsFor(t, "linux/amd64")[0]); len(got) != 2 {

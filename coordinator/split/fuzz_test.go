@@ -83,7 +83,7 @@ func FuzzPlanExports(f *testing.F) {
 			wantConsidered(t, err)
 			return
 		}
-		publication, isImage := plan.Image()
+		publication, isImage := plan.Publication()
 		for _, l := range legs {
 			got := plan.Leg(l)
 			if len(got) != 1 || got[0].GetType() != kind {

@@ -180,7 +180,7 @@ func TestPlanExports_PropertyNoTagReachesALeg(t *testing.T) {
 				}
 			}
 		}
-		if p, _ := plan.Image(); !slices.Equal(p.Names, list) {
+		if p, _ := plan.Publication(); !slices.Equal(p.Names, list) {
 			t.Fatalf("to be published: %q", p.Names)
 		}
 	})

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -103,6 +104,9 @@ func parse(name string) (ocispecs.Platform, error) {
 	p, err := platforms.Parse(name)
 	if err != nil {
 		return p, err
+	}
+	if !strings.Contains(name, "/") && p.OS == runtime.GOOS && name != runtime.GOOS {
+		p.OS = "linux" // of a bare architecture: what the workers run, whatever this machine does
 	}
 	for _, part := range []string{p.OS, p.Architecture, p.Variant} {
 		if part != "" && !unicode.IsLetter(rune(part[0])) && !unicode.IsDigit(rune(part[0])) {

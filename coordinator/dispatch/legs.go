@@ -1,0 +1,206 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+
+	"github.com/containerd/platforms"
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/opencontainers/go-digest"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/coordinator/progress"
+	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/coordinator/split"
+)
+
+// legsOf returns the legs that a frontend request concerns, in the order it asks
+// for them, and starts the build's legs if this is its first. A question about the
+// build (requestid) starts no more than it needs.
+func (b *Build) legsOf(ctx context.Context, wanted []split.Leg, question bool) ([]*leg, error) {
+	b.starting.Lock()
+	defer b.starting.Unlock()
+	if len(b.running()) == 0 {
+		if err := b.start(ctx, wanted, question); err != nil {
+			return nil, err
+		}
+	}
+	legs := b.running()
+	var out []*leg
+	for _, w := range wanted {
+		i := slices.IndexFunc(legs, func(l *leg) bool { return l.String() == w.String() })
+		if i < 0 { // a platform that the build did not announce: where one buildkitd would do it, the check decides whether it may
+			i = 0
+		}
+		if !slices.Contains(out, legs[i]) {
+			out = append(out, legs[i])
+		}
+	}
+	return out, nil
+}
+
+// start queues all legs at once, places them, and begins their attempts.
+func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) error {
+	if b.ctx.Err() != nil {
+		return context.Cause(b.ctx)
+	}
+	announced, err := split.Legs(b.req.GetFrontendAttrs())
+	if err != nil {
+		return err
+	}
+	all := wanted
+	if len(announced) > 1 && !question {
+		all = announced
+	}
+	var exports *split.ExportPlan
+	exporters := split.Exporters(b.req)
+	if len(all) > 1 {
+		if exports, err = split.PlanExports(exporters, all); err != nil {
+			return err
+		}
+	}
+	b.warnOfCaches(all)
+	legs, err := b.place(ctx, all, exporters, exports)
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.legs, b.exports = legs, exports
+	return nil
+}
+
+// warnOfCaches says what this version does to a cache that several legs export.
+func (b *Build) warnOfCaches(legs []split.Leg) {
+	for _, e := range b.req.GetCache().GetExports() {
+		if len(legs) > 1 && e.GetType() != "inline" {
+			step := b.Progress.Step(fmt.Sprintf("warning: the %s cache is written by each platform in turn, the last one stays", e.GetType()))
+			step.Start()
+			step.Done(nil)
+		}
+	}
+}
+
+// place gets every leg onto a worker. A platform may lose its last worker, or
+// prove to have none, while the leg is queued: then it is tried anywhere.
+func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*controlapi.Exporter, exports *split.ExportPlan) ([]*leg, error) {
+	for {
+		legs, ticket, err := b.enqueue(all)
+		if err != nil {
+			return nil, err
+		}
+		group, groupCtx := errgroup.WithContext(b.ctx)
+		stop := context.AfterFunc(ctx, func() { b.cancel(context.Cause(ctx)) }) // the call that waits for the legs was given up
+		for _, l := range legs {
+			own := exporters
+			if exports != nil {
+				own = exports.Leg(l.Leg)
+			}
+			group.Go(func() error { return l.start(groupCtx, own) })
+		}
+		err = group.Wait()
+		stop()
+		if err == nil {
+			return legs, nil
+		}
+		endAll(legs, err)
+		ticket.Close()
+		var none *build.NoWorkerError
+		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return !l.guest && b.foreign(l.Leg) }) {
+			return nil, err
+		}
+	}
+}
+
+// enqueue asks for a slot for each leg.
+func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
+	key := b.warmthKey()
+	var legs []*leg
+	var demands []schedule.Demand
+	for i, s := range all {
+		demands = append(demands, b.demand(s, key))
+		legs = append(legs, &leg{
+			Leg: s, build: b, index: i, key: s.String(), guest: b.foreign(s), split: len(all) > 1,
+			placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1),
+		})
+	}
+	ticket, err := b.farm.Scheduler.Enqueue(demands)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, l := range legs {
+		l.ticket, l.siblings = ticket, legs
+	}
+	return legs, ticket, nil
+}
+
+// foreign tells whether the farm, which has workers, runs a platform nowhere natively.
+func (b *Build) foreign(l split.Leg) bool {
+	return !l.Unnamed() && !b.farm.Scheduler.Native(l.Platform) && len(b.farm.Scheduler.Snapshot()) > 0
+}
+
+// demand is what a leg asks of the scheduler. A platform that is native nowhere
+// may be built where builds without a platform are, so that its build platform is
+// the same every time, or else anywhere; provided that nothing of it executes:
+// that is checked once the frontend has said what would.
+func (b *Build) demand(l split.Leg, key string) schedule.Demand {
+	usual := b.farm.DefaultPlatform()
+	switch {
+	case l.Unnamed():
+		return schedule.Demand{Platform: usual, Key: key}
+	case !b.foreign(l):
+		return schedule.Demand{Platform: l.Platform, Key: key}
+	case b.farm.Scheduler.Native(usual):
+		return schedule.Demand{Platform: usual, Key: key + l.String()}
+	}
+	return schedule.Demand{Platform: l.Platform, Anywhere: true, Key: key}
+}
+
+// warmthKey identifies the project: the client's context, Dockerfile and target.
+func (b *Build) warmthKey() string {
+	attrs := b.req.GetFrontendAttrs()
+	parts := []string{b.farm.Sessions.SharedKey(b.req.GetSession())}
+	for _, k := range []string{"context", "contextsubdir", "filename", "target"} {
+		parts = append(parts, attrs[k])
+	}
+	return digest.FromString(strings.Join(parts, "\x00")).Encoded()
+}
+
+// sessions lists the client's sessions that the build's workers must know.
+func (b *Build) sessions() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	ids := append([]string{b.req.GetSession(), b.req.GetSourcePolicySession()}, b.extra...)
+	ids = append(ids, localSessions(b.req.GetFrontendAttrs())...)
+	slices.Sort(ids)
+	return slices.DeleteFunc(slices.Compact(ids), func(id string) bool { return id == "" })
+}
+
+// localSessions are the sessions that options name for single local sources, as
+// bake does for sources that its targets share.
+func localSessions(opt map[string]string) []string {
+	var ids []string
+	for k, v := range opt {
+		if strings.HasPrefix(k, "local-sessionid:") {
+			ids = append(ids, v)
+		}
+	}
+	return ids
+}
+
+// DefaultPlatform is what a build gets that names no platform: this machine's
+// own where the farm has it, else the best of the first worker.
+func (f *Farm) DefaultPlatform() ocispecs.Platform {
+	own := platforms.Normalize(ocispecs.Platform{OS: "linux", Architecture: runtime.GOARCH})
+	workers := f.Scheduler.Snapshot()
+	if f.Scheduler.Native(own) || len(workers) == 0 {
+		return own
+	}
+	return workers[0].Platforms[0]
+}

@@ -1,0 +1,50 @@
+package dispatch
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/moby/buildkit/solver/pb"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/progress"
+	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/coordinator/split"
+)
+
+// mayExecute refuses a definition that would execute, on this leg's worker, what
+// the worker does not run natively: BuildKit would emulate it, or fail oddly.
+func (l *leg) mayExecute(def *pb.Definition) error {
+	execs, err := split.Execs(def)
+	if err != nil {
+		return err
+	}
+	for _, e := range execs {
+		if e.Platform == nil || runs(l.worker, *e.Platform) {
+			continue
+		}
+		platform := split.Leg{Platform: *e.Platform}.String()
+		step := progress.StepName(platform, e.Name)
+		if l.build.farm.Scheduler.Native(*e.Platform) {
+			return status.Errorf(codes.FailedPrecondition,
+				"%q executes on %s, but its leg %s is on worker %s, which runs %s natively: this version of archfarm does not move legs; write FROM --platform=$BUILDPLATFORM for a stage that may run anywhere",
+				step, platform, l, l.worker.Name, platforms.FormatAll(l.worker.Platforms[0]))
+		}
+		return &build.NoWorkerError{Platform: platform, Step: step, Fleet: schedule.Fleet(l.build.farm.Scheduler.Snapshot())}
+	}
+	return nil
+}
+
+// runs tells whether a worker runs a platform natively: exactly this one, since
+// workers list every variant and hardware knows no "compatible".
+func runs(worker *fleet.Worker, p ocispecs.Platform) bool {
+	p = platforms.Normalize(p)
+	return slices.ContainsFunc(worker.Platforms, func(n ocispecs.Platform) bool {
+		return n.OS == p.OS && n.Architecture == p.Architecture && strings.EqualFold(n.Variant, p.Variant)
+	})
+}
