@@ -37,7 +37,7 @@ func TestFarm_RefusesWhatItsLegsCouldNotMergeBeforeAnythingStarts(t *testing.T) 
 		if _, err := f.Begin(t.Context(), request("b", "linux/amd64,!", "")); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("a malformed platform: %v", err)
 		}
-		f.begin(t, t.Context(), tar(amd64))
+		f.begin(t.Context(), t, tar(amd64))
 		f.idle(t, d)
 	})
 }
@@ -45,7 +45,7 @@ func TestFarm_RefusesWhatItsLegsCouldNotMergeBeforeAnythingStarts(t *testing.T) 
 func TestBuild_LegsStartOnceAndTheirResultsBecomeOne(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		amd, arm := f.worker(t, "amd", 2, amd64), f.worker(t, "arm", 2, arm64)
-		b, end := f.begin(t, t.Context(), request("client-ref", both, "registry/x:1"))
+		b, end := f.begin(t.Context(), t, request("client-ref", both, "registry/x:1"))
 		var calls []func(*testing.T) error
 		for range 5 { // concurrently, as bake's linked targets do
 			calls = append(calls, beside(func() error {
@@ -87,7 +87,7 @@ func TestBuild_GatewayCallsGoToTheWorkerThatHasTheReference(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		f.worker(t, "amd", 1, amd64)
 		f.worker(t, "arm", 1, arm64)
-		b, _ := f.begin(t, t.Context(), request("b", both, ""))
+		b, _ := f.begin(t.Context(), t, request("b", both, ""))
 		refs := must(b.Solve(t.Context(), frontend(both)))(t).GetResult().GetRefs().GetRefs()
 		for platform, name := range map[string]string{amd64: "amd", arm64: "arm"} {
 			id := refs[platform].GetId()
@@ -114,14 +114,14 @@ func TestBuild_WhatIsNotNativeIsRefusedByTheNameOfItsStep(t *testing.T) {
 			}
 			return d.reference(runs("amd64", req.GetFrontendOpt()["second"])), nil
 		}
-		b, _ := f.begin(t, t.Context(), request("b", amd64, ""))
+		b, _ := f.begin(t.Context(), t, request("b", amd64, ""))
 		for _, evaluate := range []bool{false, true} {
 			for _, definitions := range []bool{true, false} {
 				req := frontend(amd64)
 				req.Evaluate, req.AllowResultArrayRef = evaluate, definitions
 				req.FrontendOpt["second"] = "s390x"
 				_, err := b.Solve(t.Context(), req)
-				if none := (*build.NoWorkerError)(nil); !errors.As(err, &none) || none.Platform != "linux/s390x" || !strings.Contains(none.Step, "[2/2] RUN make") || none.Fleet != "linux/amd64 (1)" {
+				if none := (*build.NoWorkerError)(nil); !errors.As(err, &none) || none.Platform != "linux/s390x" || none.Step != "[linux/s390x 2/2] RUN make" || none.Fleet != "linux/amd64 (1)" {
 					t.Errorf("evaluate %v, definitions %v: got %v", evaluate, definitions, err)
 				}
 				req.FrontendOpt["second"] = "amd64"
@@ -138,9 +138,11 @@ func TestBuild_WhatIsNotNativeIsRefusedByTheNameOfItsStep(t *testing.T) {
 func TestBuild_APlatformThatIsNativeNowhereIsBuiltAnywhereIfNothingExecutes(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		d := f.worker(t, "amd", 1, amd64)
-		b, _ := f.begin(t, t.Context(), request("b", "linux/s390x", ""))
+		b, _ := f.begin(t.Context(), t, request("b", "linux/s390x", ""))
 		must(b.Solve(t.Context(), frontend("linux/s390x")))(t)
-		d.Frontend = func(context.Context, *gwpb.SolveRequest) (*gwpb.Result, error) { return d.reference(runs("s390x")), nil }
+		d.Frontend = func(context.Context, *gwpb.SolveRequest) (*gwpb.Result, error) {
+			return d.reference(runs("s390x")), nil
+		}
 		if _, err := b.Solve(t.Context(), frontend("linux/s390x")); status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("got %v", err)
 		}
@@ -150,7 +152,7 @@ func TestBuild_APlatformThatIsNativeNowhereIsBuiltAnywhereIfNothingExecutes(t *t
 func TestBuild_ReturnIsCheckedAndEndsTheFrontendOnce(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		f.worker(t, "amd", 1, amd64)
-		b, _ := f.begin(t, t.Context(), request("b", amd64, ""))
+		b, _ := f.begin(t.Context(), t, request("b", amd64, ""))
 		result := must(b.Solve(t.Context(), frontend(amd64)))(t).GetResult()
 		if err := b.Return(&gwpb.ReturnRequest{}); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("nothing at all: %v", err)
@@ -180,7 +182,7 @@ func TestBuild_ReturnIsCheckedAndEndsTheFrontendOnce(t *testing.T) {
 
 func TestBuild_AnErrorOfTheFrontendKeepsItsDetails(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
-		b, _ := f.begin(t, t.Context(), request("b", amd64, ""))
+		b, _ := f.begin(t.Context(), t, request("b", amd64, ""))
 		st, err := status.New(codes.InvalidArgument, "Dockerfile:2").WithDetails(durationpb.New(time.Second))
 		if err != nil {
 			t.Fatal(err)
@@ -217,7 +219,7 @@ func TestBuild_ExportCollectsTheLegsInTheOrderAsked(t *testing.T) {
 			}
 		}
 		req := request("b", arm64+","+amd64, "registry.example/x:1,registry.example/y:2")
-		b, end := f.begin(t, t.Context(), req)
+		b, end := f.begin(t.Context(), t, req)
 		result := built(t, b)
 		out := must(b.Export(t.Context(), result))(t)
 		if len(out.Legs) != 2 || !strings.Contains(string(out.Legs[0].Blob), `"arm"`) || !strings.Contains(string(out.Legs[1].Blob), `"amd"`) {
@@ -263,7 +265,7 @@ func TestBuild_ALegThatFailsStopsTheOthersAndFreesTheirSlots(t *testing.T) {
 			return ctx.Err()
 		}
 		arm.Export = func(context.Context) error { <-begun; return failed.Err() }
-		b, end := f.begin(t, t.Context(), request("b", both, "registry/x:1"))
+		b, end := f.begin(t.Context(), t, request("b", both, "registry/x:1"))
 		_, err = b.Export(t.Context(), built(t, b))
 		if got, _ := status.FromError(err); got.Message() != failed.Message() || len(got.Details()) != 1 {
 			t.Errorf("got %v", err)
@@ -291,7 +293,7 @@ func TestBuild_AClientThatGoesAwayFreesEverySlot(t *testing.T) {
 					d.Export = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 				}
 				ctx, cancel := context.WithCancel(t.Context())
-				b, end := f.begin(t, ctx, request("b", both, ""))
+				b, end := f.begin(ctx, t, request("b", both, ""))
 				must(b.Solve(ctx, frontend(both)))(t)
 				done := beside(func() error { return at(ctx, t, b) })
 				synctest.Wait()
@@ -315,7 +317,7 @@ func TestBuild_AnAttemptThatFailsByItselfEndsTheBuildWithItsError(t *testing.T) 
 			<-fail
 			return status.Error(codes.ResourceExhausted, "no space left on device")
 		}
-		b, end := f.begin(t, t.Context(), request("b", both, ""))
+		b, end := f.begin(t.Context(), t, request("b", both, ""))
 		must(b.Solve(t.Context(), frontend(both)))(t)
 		result := beside(func() error { _, err := b.Result(t.Context()); return err })
 		close(fail)
@@ -331,51 +333,12 @@ func TestBuild_AnAttemptThatFailsByItselfEndsTheBuildWithItsError(t *testing.T) 
 	})
 }
 
-// legError checks that err says which worker was lost and for which leg.
-func legError(t *testing.T, what string, err error, platform, worker string) {
-	t.Helper()
-	var leg *build.LegError
-	var lost *build.LostError
-	if !errors.As(err, &leg) || !errors.As(err, &lost) || leg.Platform != platform || leg.Worker != worker || status.Code(err) != codes.Unavailable {
-		t.Errorf("%s: got %v (%v)", what, err, status.Code(err))
-	}
-}
-
-func TestBuild_AWorkerThatIsLostIsNamedWithItsLeg(t *testing.T) {
-	bubble(t, func(t *testing.T, f *farm) {
-		amd, arm := f.worker(t, "amd", 1, amd64), f.worker(t, "arm", 1, arm64)
-		b, end := f.begin(t, t.Context(), request("b", both, ""))
-		must(b.Solve(t.Context(), frontend(both)))(t)
-		result := beside(func() error { _, err := b.Result(t.Context()); return err })
-		synctest.Wait()
-		arm.Cut()
-		err := result(t)
-		legError(t, "the build", err, arm64, "arm")
-		_, callErr := b.Solve(t.Context(), frontend(both))
-		legError(t, "a later call", callErr, arm64, "arm")
-		end(err)
-		f.idle(t, amd, arm)
-	})
-}
-
-func TestBuild_AWorkerThatIsLostWhileItExportsIsNamedWithItsLeg(t *testing.T) {
-	bubble(t, func(t *testing.T, f *farm) {
-		amd, arm := f.worker(t, "amd", 1, amd64), f.worker(t, "arm", 1, arm64)
-		arm.Export = func(ctx context.Context) error { arm.Kill(); <-ctx.Done(); return ctx.Err() }
-		b, end := f.begin(t, t.Context(), request("b", both, "registry/x:1"))
-		_, err := b.Export(t.Context(), built(t, b))
-		legError(t, "the build", err, arm64, "arm")
-		end(err)
-		f.idle(t, amd, arm)
-	})
-}
-
 func TestBuild_DirectRequestsNeedNoClient(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		amd, arm := f.worker(t, "amd", 1, amd64), f.worker(t, "arm", 1, arm64)
 		req := request("b", both, "registry/x:1")
 		req.Frontend = "dockerfile.v0"
-		b, end := f.begin(t, t.Context(), req)
+		b, end := f.begin(t.Context(), t, req)
 		out := must(b.Export(t.Context(), must(b.Result(t.Context()))(t)))(t)
 		if len(out.Legs) != 2 {
 			t.Errorf("legs %v", out.Legs)
@@ -388,7 +351,7 @@ func TestBuild_DirectRequestsNeedNoClient(t *testing.T) {
 func TestBuild_ALegThatTheClientDoesNotUseIsLetGo(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		amd, arm := f.worker(t, "amd", 1, amd64), f.worker(t, "arm", 1, arm64)
-		b, end := f.begin(t, t.Context(), request("b", both, ""))
+		b, end := f.begin(t.Context(), t, request("b", both, ""))
 		refs := must(b.Solve(t.Context(), frontend(both)))(t).GetResult().GetRefs().GetRefs()
 		part := &gwpb.Result{Result: &gwpb.Result_Ref{Ref: refs[arm64]}}
 		must(b.Export(t.Context(), part))(t)
@@ -405,7 +368,7 @@ func TestBuild_TheRestOfALegsProgressIsToldAfterItHasFailed(t *testing.T) {
 		d := f.worker(t, "amd", 1, amd64)
 		d.Progress = []*controlapi.StatusResponse{{Vertexes: []*controlapi.Vertex{{Digest: "sha256:1", Name: "[1/1] RUN false"}}}}
 		d.Early = func(context.Context) error { return status.Error(codes.Unknown, "exit code 1") }
-		b, end := f.begin(t, t.Context(), request("b", amd64, ""))
+		b, end := f.begin(t.Context(), t, request("b", amd64, ""))
 		_, _ = b.Solve(t.Context(), frontend(amd64))
 		_, err := b.Result(t.Context())
 		end(err)

@@ -20,14 +20,20 @@ type Builds struct {
 
 	mu       sync.Mutex
 	builds   map[string]*Build
-	arrival  map[string]chan struct{} // closed when the build that somebody waits for has begun
+	arrival  map[string]*arrival // builds that somebody waits for
 	draining bool
 	running  sync.WaitGroup
 }
 
+// arrival is a build that has not begun yet.
+type arrival struct {
+	begun   chan struct{} // closed when it has
+	waiting int           // guarded by Builds.mu
+}
+
 // NewBuilds returns an empty set.
 func NewBuilds(farm *Farm) *Builds {
-	return &Builds{farm: farm, builds: map[string]*Build{}, arrival: map[string]chan struct{}{}}
+	return &Builds{farm: farm, builds: map[string]*Build{}, arrival: map[string]*arrival{}}
 }
 
 // Begin takes a request. It answers Unavailable when draining, and AlreadyExists
@@ -84,7 +90,7 @@ func (bs *Builds) put(b *Build) {
 	ref := b.req.GetRef()
 	bs.builds[ref] = b
 	if waiting, ok := bs.arrival[ref]; ok {
-		close(waiting)
+		close(waiting.begun)
 		delete(bs.arrival, ref)
 	}
 }
@@ -156,27 +162,28 @@ func (bs *Builds) Find(ctx context.Context, ref string, patience time.Duration) 
 		bs.mu.Unlock()
 		return b, nil
 	}
-	arrived, ok := bs.arrival[ref]
+	awaited, ok := bs.arrival[ref]
 	if !ok {
-		arrived = make(chan struct{})
-		bs.arrival[ref] = arrived
+		awaited = &arrival{begun: make(chan struct{})}
+		bs.arrival[ref] = awaited
 	}
+	awaited.waiting++
 	bs.mu.Unlock()
 
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	select {
-	case <-arrived:
+	case <-awaited.begun:
 	case <-timer.C:
 	case <-ctx.Done():
 	}
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
+	if awaited.waiting--; awaited.waiting == 0 && bs.arrival[ref] == awaited {
+		delete(bs.arrival, ref)
+	}
 	if b, ok := bs.builds[ref]; ok {
 		return b, nil
-	}
-	if bs.arrival[ref] == arrived {
-		delete(bs.arrival, ref) // others that wait will look for themselves when their time is over
 	}
 	return nil, status.Errorf(codes.NotFound, "no such job %s", ref)
 }

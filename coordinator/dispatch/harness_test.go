@@ -316,7 +316,7 @@ func frontend(platforms string) *gwpb.SolveRequest {
 }
 
 // begin starts a build that ends at the test's end, if it has not by then.
-func (f *farm) begin(t *testing.T, ctx context.Context, req *controlapi.SolveRequest) (b *dispatch.Build, end func(error)) {
+func (f *farm) begin(ctx context.Context, t *testing.T, req *controlapi.SolveRequest) (b *dispatch.Build, end func(error)) {
 	t.Helper()
 	b, err := f.Begin(ctx, req)
 	if err != nil {
@@ -331,6 +331,7 @@ func (f *farm) begin(t *testing.T, ctx context.Context, req *controlapi.SolveReq
 // idle checks that nothing is left of any build.
 func (f *farm) idle(t *testing.T, daemons ...*daemon) {
 	t.Helper()
+	time.Sleep(time.Second) // for everybody's next report
 	synctest.Wait()
 	for _, w := range f.Scheduler.Snapshot() {
 		if w.Used != 0 {

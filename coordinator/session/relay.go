@@ -28,6 +28,10 @@ const (
 	farewell = 2 * time.Second
 
 	healthCheck = "/grpc.health.v1.Health/Check"
+	// writeSize is how much is written to a worker at once. Each write becomes a
+	// message; with gRPC's 32 KiB its encoding, a little longer, would take a buffer
+	// from the pool of the next size, which is 1 MiB and cleared each time.
+	writeSize = 32<<10 - 64
 )
 
 // serving is an encoded HealthCheckResponse{SERVING}.
@@ -211,6 +215,7 @@ func (r *relay) serve(session context.Context, conn net.Conn, giveUp func()) {
 		grpc.UnknownServiceHandler(r.handle),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxSendMsgSize(maxMessage),
+		grpc.WriteBufferSize(writeSize),
 		grpc.WaitForHandlers(true),
 	)
 	var stopping sync.WaitGroup

@@ -1,0 +1,149 @@
+package endpoint_test
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"sync"
+	"testing"
+	"testing/synctest"
+
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	controlapi "github.com/moby/buildkit/api/services/control"
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/archfarm/archfarm/coordinator/dispatch"
+	"github.com/archfarm/archfarm/coordinator/endpoint"
+	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/fleet/fleettest"
+	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/coordinator/session"
+)
+
+// farm is the door of a coordinator, as a client reaches it.
+type farm struct {
+	door    *fleettest.Door
+	builds  *dispatch.Builds
+	history *endpoint.History
+	cc      *grpc.ClientConn
+	stop    func() // of the door
+}
+
+func bubble(t *testing.T, test func(t *testing.T, f *farm)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) { test(t, newFarm(t)) })
+}
+
+func newFarm(t *testing.T) *farm {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	sessions, err := session.NewRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	scheduler := schedule.New(nil)
+	workers := fleet.New(log, func(ws []*fleet.Worker) {
+		var out []schedule.Worker
+		for _, w := range ws {
+			out = append(out, schedule.Worker{Name: w.Name, Platforms: w.Platforms, Slots: 1})
+		}
+		scheduler.Update(out)
+	})
+	shared := &dispatch.Farm{
+		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, log),
+		Metrics: dispatch.NewMetrics(prometheus.NewRegistry()), Log: log,
+	}
+	f := &farm{door: fleettest.Serve(t, workers), builds: dispatch.NewBuilds(shared), history: endpoint.NewHistory(workers)}
+	control := &endpoint.Control{Builds: f.builds, Farm: shared, History: f.history}
+	server := grpc.NewServer(grpc.WaitForHandlers(true))
+	controlapi.RegisterControlServer(server, control)
+	gwpb.RegisterLLBBridgeServer(server, &endpoint.Gateway{Builds: f.builds, Control: control})
+	contentapi.RegisterContentServer(server, f.history)
+	l := bufconn.Listen(1 << 16)
+	var running sync.WaitGroup
+	running.Go(func() { _ = server.Serve(l) })
+	f.stop = func() { server.Stop(); running.Wait() }
+	t.Cleanup(f.stop)
+	f.cc, err = grpc.NewClient("passthrough:///farm", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStaticStreamWindowSize(1<<16),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.cc.Close() })
+	return f
+}
+
+// daemon is a buildkitd that remembers what it is told to.
+type daemon struct {
+	controlapi.UnimplementedControlServer
+	*fleettest.Worker
+	records map[string]*controlapi.BuildHistoryRecord
+	frozen  bool
+}
+
+func (f *farm) worker(t *testing.T, name string, records ...*controlapi.BuildHistoryRecord) *daemon {
+	t.Helper()
+	d := &daemon{records: map[string]*controlapi.BuildHistoryRecord{}}
+	for _, r := range records {
+		d.records[r.GetRef()] = r
+	}
+	d.Worker = f.door.Attach(t, name, []string{"linux/amd64"}, 1, func(s *grpc.Server) {
+		controlapi.RegisterControlServer(s, d)
+		contentapi.RegisterContentServer(s, &store{name: name})
+	})
+	synctest.Wait()
+	return d
+}
+
+func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream controlapi.Control_ListenBuildHistoryServer) error {
+	if d.frozen {
+		<-stream.Context().Done()
+	}
+	for _, ref := range []string{"another", req.GetRef()} { // what was not asked for is passed over
+		if r, ok := d.records[ref]; ok {
+			if err := stream.Send(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: r}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// store has every blob: its own name.
+type store struct {
+	contentapi.UnimplementedContentServer
+	name string
+}
+
+func (s *store) Info(_ context.Context, req *contentapi.InfoRequest) (*contentapi.InfoResponse, error) {
+	return &contentapi.InfoResponse{Info: &contentapi.Info{Digest: req.GetDigest(), Size: int64(len(s.name))}}, nil
+}
+
+func (s *store) Read(_ *contentapi.ReadContentRequest, stream contentapi.Content_ReadServer) error {
+	for i := range s.name { // in pieces
+		if err := stream.Send(&contentapi.ReadContentResponse{Data: []byte{s.name[i]}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *farm) control() controlapi.ControlClient { return controlapi.NewControlClient(f.cc) }
+
+func (f *farm) begin(t *testing.T, ref string) *dispatch.Build {
+	t.Helper()
+	b, err := f.builds.Begin(t.Context(), &controlapi.SolveRequest{Ref: ref})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		f.builds.End(b, nil)
+		_ = f.builds.Drain(context.Background()) // t.Context has ended
+	})
+	return b
+}
