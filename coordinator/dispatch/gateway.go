@@ -20,7 +20,11 @@ func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveR
 		return nil, err
 	}
 	b.mu.Lock()
-	b.extra = append(b.extra, localSessions(req.GetFrontendOpt())...)
+	for _, id := range localSessions(req.GetFrontendOpt()) {
+		if !slices.Contains(b.extra, id) {
+			b.extra = append(b.extra, id)
+		}
+	}
 	b.mu.Unlock()
 	legs, err := b.legsOf(ctx, wanted, split.Question(req.GetFrontendOpt()))
 	if err != nil {
@@ -185,6 +189,9 @@ func (b *Build) NewContainer(ctx context.Context, req *gwpb.NewContainerRequest)
 	l, err := b.containerLeg(ctx, req)
 	if err != nil {
 		return nil, err
+	}
+	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !runs(l.worker, p.Platform) {
+		return nil, l.refusal(split.Exec{Name: "container " + req.GetContainerID(), Platform: &p.Platform})
 	}
 	resp, err := call(ctx, l.attempt, l.attempt.gateway.NewContainer, req)
 	if err != nil {

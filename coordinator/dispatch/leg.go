@@ -64,7 +64,7 @@ func (l *leg) start(ctx context.Context, exporters []*controlapi.Exporter) error
 	}
 	req := l.Solve(l.build.req, identity.NewID(), exporters, l.split)
 	l.attempt = startAttempt(l.build.ctx, conn, req, l)
-	l.build.farm.Metrics.attempt(l.String(), l.worker.Name)
+	l.build.farm.Metrics.attempt(l.label(), l.worker.Name)
 	return nil
 }
 
@@ -96,6 +96,18 @@ func (l *leg) why(reason error) string {
 		return "canceled: " + build.Message(reason)
 	}
 	return build.Message(reason)
+}
+
+// label is the leg's platform for metrics: a client may name any, of which only
+// the farm's own are counted apart.
+func (l *leg) label() string {
+	switch {
+	case l.Unnamed():
+		return "default"
+	case l.guest:
+		return "other"
+	}
+	return l.String()
 }
 
 // solve runs one frontend request on the leg's worker, and refuses the answer

@@ -25,19 +25,24 @@ func (l *leg) mayExecute(def *pb.Definition) error {
 		return err
 	}
 	for _, e := range execs {
-		if e.Platform == nil || runs(l.worker, *e.Platform) {
-			continue
+		if e.Platform != nil && !runs(l.worker, *e.Platform) {
+			return l.refusal(e)
 		}
-		platform := split.Leg{Platform: *e.Platform}.String()
-		step := progress.StepName(platform, e.Name)
-		if l.build.farm.Scheduler.Native(*e.Platform) {
-			return status.Errorf(codes.FailedPrecondition,
-				"%q executes on %s, but its leg %s is on worker %s, which runs %s natively: this version of archfarm does not move legs; write FROM --platform=$BUILDPLATFORM for a stage that may run anywhere",
-				step, platform, l, l.worker.Name, platforms.FormatAll(l.worker.Platforms[0]))
-		}
-		return &build.NoWorkerError{Platform: platform, Step: step, Fleet: schedule.Fleet(l.build.farm.Scheduler.Snapshot())}
 	}
 	return nil
+}
+
+// refusal says why a step cannot execute where its leg is.
+func (l *leg) refusal(e split.Exec) error {
+	farm := l.build.farm
+	platform := split.Leg{Platform: *e.Platform}.String()
+	step := progress.StepName(platform, e.Name)
+	if farm.Scheduler.Native(*e.Platform) {
+		return status.Errorf(codes.FailedPrecondition,
+			"%q executes on %s, but its leg %s is on worker %s, which runs %s natively: this version of archfarm does not move legs; write FROM --platform=$BUILDPLATFORM for a stage that may run anywhere",
+			step, platform, l, l.worker.Name, platforms.FormatAll(l.worker.Platforms[0]))
+	}
+	return &build.NoWorkerError{Platform: platform, Step: step, Fleet: schedule.Fleet(farm.Scheduler.Snapshot())}
 }
 
 // runs tells whether a worker runs a platform natively: exactly this one, since

@@ -36,7 +36,7 @@ func (p *placing) assigned(a schedule.Assignment) {
 	}
 	p.step(fmt.Sprintf("assigned to worker %s (%s)", a.Worker, a.Why)).Done(nil)
 	p.leg.build.log.Info("leg assigned", "platform", p.leg.String(), "worker", a.Worker, "why", a.Why, "waited", a.Waited)
-	p.leg.build.farm.Metrics.waited(p.leg.String(), a.Waited)
+	p.leg.build.farm.Metrics.waited(p.leg.label(), a.Waited)
 }
 
 // failed tells why no worker was found.
