@@ -40,6 +40,9 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 	if err != nil {
 		return nil, err
 	}
+	if len(b.Legs()) == 0 { // the probe that buildx sends first is over before its session is open
+		c.farm.Sessions.Settle(ctx, req.GetSession())
+	}
 	c.history.Add(req.GetRef(), b.Legs())
 	if len(exported.Legs) == 0 { // one leg has exported everything itself, or there is no image
 		return &controlapi.SolveResponse{ExporterResponse: exported.Response}, nil

@@ -65,7 +65,7 @@ func (r *Registry) Manager() *bksession.Manager { return r.manager }
 func (r *Registry) Handle(stream controlapi.Control_SessionServer) error {
 	// Closing the connection waits for the client to end the stream, which one that
 	// is refused has no reason to do. Returning ends it from this side.
-	conn, closed, headers := grpchijack.Hijack(stream)
+	hijacked, closed, headers := grpchijack.Hijack(stream)
 	meta := describe(headers)
 	id := http.Header(canonical(meta)).Get(headerID)
 	if err := checkID(id); err != nil {
@@ -87,7 +87,7 @@ func (r *Registry) Handle(stream controlapi.Control_SessionServer) error {
 		case <-ctx.Done():
 		}
 	})
-	return r.manager.HandleConn(ctx, conn, meta)
+	return r.manager.HandleConn(ctx, &silentConn{Conn: hijacked}, meta)
 }
 
 // checkID refuses ids by which no session could be found again: BuildKit takes
@@ -138,8 +138,12 @@ func (r *Registry) find(ctx context.Context, id string) (bksession.Caller, metad
 
 // Settle waits, for a second at most, until the client's session answers. A
 // BuildKit client that is refused while it is still opening its session takes
-// ten seconds to close it.
+// ten seconds to close it; one that is answered before, a second every now and
+// then (see silentConn). Without an id it does nothing.
 func (r *Registry) Settle(ctx context.Context, id string) {
+	if id == "" {
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	if caller, _, err := r.find(ctx, id); err == nil {

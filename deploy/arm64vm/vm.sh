@@ -89,6 +89,9 @@ prepare() {
 		mke2fs -q -t ext4 -m 0 -E lazy_itable_init=1,lazy_journal_init=1 "$dir/state.ext4" "$ARM64VM_DISK" >/dev/null
 }
 
+# Debian's 6.1 kernel was once seen to follow a null pointer in the per-cgroup lists of the slab allocator
+# (list_lru_add) while runc started a container: nokmem does without them. Should it stumble all the same,
+# oops=panic ends the machine instead of leaving it half dead.
 launch() { # IMAGE
 	local machine="virt,gic-version=3" disk=if=none,format=raw
 	"$ARM64VM_QEMU" -daemonize -pidfile "$dir/pid" \
@@ -96,7 +99,7 @@ launch() { # IMAGE
 		-machine "$machine" -cpu "$ARM64VM_CPU" -smp "$ARM64VM_CPUS" -m "$ARM64VM_MEMORY" \
 		-accel tcg,thread=multi,tb-size=256 \
 		-kernel "$1/kernel" -initrd "$1/initramfs" \
-		-append "console=ttyAMA0 quiet loglevel=3 panic=-1 mitigations=off nokaslr" \
+		-append "console=ttyAMA0 quiet loglevel=3 panic=-1 mitigations=off nokaslr oops=panic cgroup.memory=nokmem" \
 		-serial "file:$dir/console" \
 		-drive "$disk,id=image,readonly=on,file=$1/root.ext4" -device virtio-blk-device,drive=image,serial=image \
 		-drive "$disk,id=given,readonly=on,file=$dir/given.ext4" -device virtio-blk-device,drive=given,serial=given \

@@ -14,7 +14,7 @@ type contest struct {
 	// sides are builders: the first is compared with the second; what others take is shown too.
 	sides  []string
 	rounds int
-	goal   float64 // the ratio that the first should not exceed
+	goal   float64 // the ratio that the first should not exceed; 0 for none
 	// prepare, if set, is called before each build and is not measured.
 	prepare func(t farmtest.T)
 	// build returns how long one build at a builder took.

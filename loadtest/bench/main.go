@@ -43,7 +43,7 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.Rounds, "rounds", 10, "rounds of builds with the large context")
 	flags.IntVar(&o.CachedRounds, "cached-rounds", 30, "rounds of cached builds")
 	flags.Int64Var(&megabytes, "megabytes", 200, "size of the large context, in units of 1000000 bytes")
-	flags.DurationVar(&o.Limit, "limit", 8*time.Minute, "begin no round after this time: what is measured by then is shown")
+	flags.DurationVar(&o.Limit, "limit", 7*time.Minute, "begin no round after this time: what is measured by then is shown")
 	flags.BoolVar(&short, "short", false, "one round of everything and 5 megabytes, to see that it runs; the other flags are ignored")
 	if err := flags.Parse(args); err != nil {
 		return o, err

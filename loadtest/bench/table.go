@@ -13,22 +13,37 @@ import (
 // table writes what the contests gave, a line each.
 func table(t farmtest.T, out io.Writer, outcomes []outcome) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "case\trounds\tA\tmedian\tB\tmedian\tA/B\tof single rounds\tgoal\t\tfor reference")
+	fmt.Fprintln(w, "case\trounds\tA\tmedian\tB\tmedian\tA/B\tof single rounds\tgoal\tfor reference")
 	for _, o := range outcomes {
 		least, greatest := o.spread()
-		var others []string
-		for i, side := range o.sides[2:] {
-			others = append(others, fmt.Sprintf("%s %s", side, milliseconds(median(o.took[i+2]))))
-		}
-		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%.3f\t%.2f..%.2f\t%.2f\t%s\t%s\n", o.name, o.rounds(), o.sides[0], milliseconds(median(o.took[0])),
-			o.sides[1], milliseconds(median(o.took[1])), o.ratio(), least, greatest, o.goal, verdict(o.ratio() <= o.goal), strings.Join(others, ", "))
+		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%.3f\t%.2f..%.2f\t%s\t%s\n", o.name, o.rounds(),
+			o.sides[0], milliseconds(o.took[0]), o.sides[1], milliseconds(o.took[1]), o.ratio(), least, greatest, o.against(), o.others())
 	}
 	if err := w.Flush(); err != nil {
 		t.Errorf("writing the table: %v", err)
 	}
 }
 
-func milliseconds(d time.Duration) string { return fmt.Sprintf("%d ms", d.Milliseconds()) }
+// against tells whether the goal was reached.
+func (o outcome) against() string {
+	if o.goal == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.2f %s", o.goal, verdict(o.ratio() <= o.goal))
+}
+
+// others are the medians of the sides that are not compared.
+func (o outcome) others() string {
+	var all []string
+	for i, side := range o.sides[2:] {
+		all = append(all, side+" "+milliseconds(o.took[i+2]))
+	}
+	return strings.Join(all, ", ")
+}
+
+func milliseconds(took []time.Duration) string {
+	return fmt.Sprintf("%d ms", median(took).Milliseconds())
+}
 
 func verdict(ok bool) string {
 	if ok {

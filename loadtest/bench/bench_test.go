@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/archfarm/archfarm/e2e/farmtest"
+)
+
+// TestBench_ShortRunFillsTheTable runs every contest once, with the real parts.
+func TestBench_ShortRunFillsTheTable(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts buildkitds")
+	}
+	farmtest.FindFarmTools(t) // skips, or fails, where they are missing
+	var out strings.Builder
+	bench(t.Context(), t, shortly(), &out)
+	for _, want := range []string{
+		"cached push, two platforms  ", "cached push, two platforms, provenance", "cached push, one platform",
+		"5 MB context, two platforms  ", "5 MB context, two platforms, pushed", "coordinator's peak memory",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the output lacks %q:\n%s", want, out.String())
+		}
+	}
+}
+
+func TestContest_EverySideBeginsARoundInTurn(t *testing.T) {
+	t.Parallel()
+	var order []string
+	prepared := 0
+	c := contest{
+		sides: []string{"a", "b", "c"}, rounds: 4,
+		prepare: func(farmtest.T) { prepared++ },
+		build: func(_ farmtest.T, builder string) time.Duration {
+			order = append(order, builder)
+			return time.Duration(len(order))
+		},
+	}
+	got := c.run(t.Context(), t, func() bool { return false })
+	if s := strings.Join(order, ""); s != "abcbcacababc" {
+		t.Errorf("the order was %s", s)
+	}
+	if prepared != len(order) {
+		t.Errorf("%d builds were prepared %d times", len(order), prepared)
+	}
+	if want := []time.Duration{1, 6, 8, 10}; !slices.Equal(got.took[0], want) {
+		t.Errorf("a's times are %v, want %v, by round", got.took[0], want)
+	}
+}
+
+func TestContest_OutOfTimeKeepsOneRound(t *testing.T) {
+	t.Parallel()
+	c := contest{sides: []string{"a", "b"}, rounds: 5, build: func(farmtest.T, string) time.Duration { return time.Second }}
+	if got := c.run(t.Context(), t, func() bool { return true }); got.rounds() != 1 {
+		t.Errorf("%d rounds, want 1", got.rounds())
+	}
+}
+
+func TestContest_InterruptEndsTheRun(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	var log strings.Builder
+	p := &program{log: &log}
+	undone := false
+	ok := p.run(func() {
+		p.Cleanup(func() { undone = true })
+		c := contest{sides: []string{"a", "b"}, rounds: 5, build: func(farmtest.T, string) time.Duration { cancel(); return 0 }}
+		c.run(ctx, p, func() bool { return false })
+		t.Error("the contest went on")
+	})
+	if ok || !undone || !strings.Contains(log.String(), "interrupted") {
+		t.Errorf("ok %v, clean-up %v, log %q", ok, undone, log.String())
+	}
+}
+
+func TestMedian(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		of   []time.Duration
+		want time.Duration
+	}{{[]time.Duration{7}, 7}, {[]time.Duration{9, 1}, 5}, {[]time.Duration{100, 1, 3}, 3}, {[]time.Duration{8, 2, 4, 1000}, 6}} {
+		given := slices.Clone(c.of)
+		if got := median(c.of); got != c.want || !slices.Equal(given, c.of) {
+			t.Errorf("median(%v) = %v, want %v, and the list as it was", given, got, c.want)
+		}
+	}
+}
+
+func TestTable_ShowsRatioSpreadAndVerdict(t *testing.T) {
+	t.Parallel()
+	ms := time.Millisecond
+	took := [][]time.Duration{{110 * ms, 120 * ms, 130 * ms}, {100 * ms, 100 * ms, 100 * ms}, {90 * ms, 80 * ms, 85 * ms}}
+	for _, c := range []struct {
+		goal float64
+		want string
+	}{{1.1, "1.10 MISS"}, {1.25, "1.25 ok"}, {0, "-"}} {
+		var out strings.Builder
+		table(t, &out, []outcome{{contest{name: "case one", sides: []string{theFarm, twoNodes, oneNode}, goal: c.goal}, took}})
+		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+		got := strings.Join(strings.Fields(lines[len(lines)-1]), " ")
+		want := "case one 3 farm 120 ms two nodes 100 ms 1.200 1.10..1.30 " + c.want + " one buildkitd 85 ms"
+		if got != want {
+			t.Errorf("goal %v:\n got %s\nwant %s", c.goal, got, want)
+		}
+	}
+}
+
+func TestPeak_FallsAfterReset(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: resetting the peak may need root")
+	}
+	const size = 64 << 20
+	pid := os.Getpid()
+	hog := make([]byte, size)
+	for i := range hog {
+		hog[i] = 1
+	}
+	high, err := peak(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if high < size {
+		t.Errorf("the peak is %d bytes with %d in use", high, size)
+	}
+	runtime.KeepAlive(hog)
+	if err := resetPeak(pid); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := peak(pid); err != nil || after <= 0 || after > high {
+		t.Errorf("after the reset: %d bytes, was %d, %v", after, high, err)
+	}
+	if _, err := peak(-1); err == nil {
+		t.Error("a process that does not exist has a peak")
+	}
+}
+
+func TestParse(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		args []string
+		ok   bool
+		want options
+	}{
+		{nil, true, options{Rounds: 10, CachedRounds: 30, Size: 200_000_000, Limit: 7 * time.Minute}},
+		{[]string{"-short"}, true, shortly()},
+		{[]string{"-rounds", "3", "-megabytes", "7"}, true, options{Rounds: 3, CachedRounds: 30, Size: 7_000_000, Limit: 7 * time.Minute}},
+		{[]string{"-rounds", "0"}, false, options{}},
+		{[]string{"more"}, false, options{}},
+	} {
+		got, err := parse(c.args)
+		if (err == nil) != c.ok || c.ok && got != c.want {
+			t.Errorf("parse(%q) = %+v, %v", c.args, got, err)
+		}
+	}
+}
