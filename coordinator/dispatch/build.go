@@ -98,7 +98,8 @@ var errEnded = status.Error(codes.Canceled, "the build has ended")
 
 // End stops whatever still runs, for the reason given, and frees every slot. A
 // leg that has ended by itself gets time to tell the rest of its progress, which
-// is where a failed step's output is. The progress stream is closed last.
+// is where a failed step's output is. The client waits for the end of the
+// progress, so that is closed before what is let go of without its knowledge.
 func (b *Build) End(reason error) {
 	defer b.Progress.Close()
 	b.answered.Do(func() { close(b.returned) })
@@ -107,18 +108,24 @@ func (b *Build) End(reason error) {
 		b.starting.Lock()
 	}
 	defer b.starting.Unlock()
-	endAll(b.running(), reason)
+	legs := b.running()
+	ended := endAll(legs, reason)
+	for _, l := range legs {
+		<-l.told
+	}
+	b.Progress.Close()
+	ended.Wait()
 	b.ending.Wait()
 	b.cancel(errEnded)
 }
 
-// endAll ends legs together: one may hold the slot that another runs in.
-func endAll(legs []*leg, reason error) {
-	var group sync.WaitGroup
+// endAll ends legs together, since one may hold the slot that another runs in.
+func endAll(legs []*leg, reason error) *sync.WaitGroup {
+	group := &sync.WaitGroup{}
 	for _, l := range legs {
 		group.Go(func() { l.end(reason) })
 	}
-	group.Wait()
+	return group
 }
 
 func (b *Build) running() []*leg {

@@ -43,6 +43,7 @@ type leg struct {
 	guest    bool           // on a worker of another platform, for want of a native one
 	split    bool           // one of several
 	siblings []*leg         // all legs of the build, this one included
+	told     chan struct{}  // closed when the leg has no more progress to tell
 	placed   chan struct{}  // closed when the leg has its connection
 	round    chan struct{}  // closed, and replaced, when a slot was refused to it; guarded by build.mu
 	host     *leg           // in whose slot it runs, if in none of its own
@@ -79,6 +80,7 @@ func (l *leg) end(reason error) {
 		if reason != nil {
 			l.build.publish(l.log.Fail(time.Now(), l.why(reason)))
 		}
+		close(l.told)
 		l.build.mu.Lock()
 		l.over = true
 		l.build.mu.Unlock()

@@ -109,7 +109,7 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 		if err == nil {
 			return legs, nil
 		}
-		endAll(legs, err)
+		endAll(legs, err).Wait()
 		ticket.Close()
 		var none *build.NoWorkerError
 		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return !l.guest && b.foreign(l.Leg) }) {
@@ -127,7 +127,7 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 		demands = append(demands, b.demand(s, key))
 		legs = append(legs, &leg{
 			Leg: s, build: b, index: i, key: s.String(), guest: b.foreign(s), split: len(all) > 1,
-			placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1),
+			told: make(chan struct{}), placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1),
 		})
 	}
 	ticket, err := b.farm.Scheduler.Enqueue(demands)
