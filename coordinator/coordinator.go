@@ -15,6 +15,7 @@ import (
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	_ "github.com/moby/buildkit/util/grpcutil/encoding/proto" // the codec of buildkitd: without reflection, and sessions reuse their buffers
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
