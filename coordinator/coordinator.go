@@ -13,6 +13,7 @@ import (
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/defaults"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	_ "github.com/moby/buildkit/util/grpcutil/encoding/proto" // the codec of buildkitd: without reflection, and sessions reuse their buffers
@@ -35,8 +36,6 @@ import (
 )
 
 const (
-	// maxMessage is BuildKit's cap for one message of its API.
-	maxMessage = 16 << 20
 	// maxStreams bounds the calls that one connection has open at a time: a build
 	// needs about five.
 	maxStreams = 1000
@@ -249,7 +248,7 @@ func (c *coordinator) gossip(ctx context.Context, bound *Bound) (*gossip.Node, e
 // server registers everything that is served on the gRPC door.
 func (c *coordinator) server() *grpc.Server {
 	server := grpc.NewServer(
-		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize), // as buildkitd,
 		grpc.UnaryInterceptor(c.unary), grpc.StreamInterceptor(c.stream),
 		grpc.MaxConcurrentStreams(maxStreams),
 		// A client or worker that vanished without a word is noticed within a minute.

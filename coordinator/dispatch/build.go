@@ -43,6 +43,8 @@ type Build struct {
 	req  *controlapi.SolveRequest
 	log  *slog.Logger
 
+	announced []split.Leg // by the request itself; the frontend's first call may know better
+
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	detach func() bool // from the request
@@ -78,7 +80,9 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 			return nil, err
 		}
 	}
-	return f.newBuild(ctx, req), nil
+	b := f.newBuild(ctx, req)
+	b.announced = legs
+	return b, nil
 }
 
 func (f *Farm) newBuild(ctx context.Context, req *controlapi.SolveRequest) *Build {

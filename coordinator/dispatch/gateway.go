@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/split"
 )
 
@@ -102,10 +103,7 @@ func wantedLegs(req *gwpb.SolveRequest) ([]split.Leg, error) {
 // any returns a leg for a call that names none: that of the platform, where one
 // is given, else the first. The build's legs are started if need be.
 func (b *Build) any(ctx context.Context, platform *split.Leg) (*leg, error) {
-	wanted, err := split.Legs(b.req.GetFrontendAttrs())
-	if err != nil {
-		return nil, err
-	}
+	wanted := b.announced
 	if platform != nil && slices.ContainsFunc(wanted, func(l split.Leg) bool { return l.String() == platform.String() }) {
 		wanted = []split.Leg{*platform}
 	}
@@ -190,7 +188,7 @@ func (b *Build) NewContainer(ctx context.Context, req *gwpb.NewContainerRequest)
 	if err != nil {
 		return nil, err
 	}
-	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !runs(l.worker, p.Platform) {
+	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !schedule.Runs(l.worker.Platforms, p.Platform) {
 		return nil, l.refusal(split.Exec{Name: "container " + req.GetContainerID(), Platform: &p.Platform})
 	}
 	resp, err := call(ctx, l.attempt, l.attempt.gateway.NewContainer, req)

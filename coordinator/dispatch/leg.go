@@ -28,9 +28,6 @@ import (
 	"github.com/archfarm/archfarm/manifest"
 )
 
-// maxIndex bounds what is read from a worker as the index of one leg.
-const maxIndex = 4 << 20
-
 // leg is a Leg while it runs.
 type leg struct {
 	split.Leg
@@ -196,8 +193,8 @@ func (l *leg) descriptor(ctx context.Context, response map[string]string) (manif
 	if err := json.Unmarshal(raw, &desc); err != nil {
 		return manifest.Leg{}, fmt.Errorf("%s: reading the descriptor that worker %s exported: %w", l, l.worker.Name, err)
 	}
-	if desc.Size <= 0 || desc.Size > maxIndex {
-		return manifest.Leg{}, fmt.Errorf("%s: the index that worker %s exported has %d bytes, at most %d are possible", l, l.worker.Name, desc.Size, maxIndex)
+	if desc.Size <= 0 || desc.Size > manifest.MaxBlob {
+		return manifest.Leg{}, fmt.Errorf("%s: the index that worker %s exported has %d bytes, at most %d are possible", l, l.worker.Name, desc.Size, manifest.MaxBlob)
 	}
 	blob, err := content.ReadBlob(ctx, proxy.NewContentStore(contentapi.NewContentClient(l.attempt.conn)), desc)
 	if err != nil {

@@ -50,14 +50,11 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 	if b.ctx.Err() != nil {
 		return context.Cause(b.ctx)
 	}
-	announced, err := split.Legs(b.req.GetFrontendAttrs())
-	if err != nil {
-		return err
-	}
 	all := wanted
-	if len(announced) > 1 && !question {
-		all = announced
+	if len(b.announced) > 1 && !question {
+		all = b.announced
 	}
+	var err error
 	var exports *split.ExportPlan
 	exporters := split.Exporters(b.req)
 	if len(all) > 1 {
@@ -124,9 +121,10 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	var legs []*leg
 	var demands []schedule.Demand
 	for i, s := range all {
-		demands = append(demands, b.demand(s, key))
+		demand, guest := b.demand(s, key)
+		demands = append(demands, demand)
 		legs = append(legs, &leg{
-			Leg: s, build: b, index: i, key: s.String(), guest: b.foreign(s), split: len(all) > 1,
+			Leg: s, build: b, index: i, key: s.String(), guest: guest, split: len(all) > 1,
 			told: make(chan struct{}), placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1),
 		})
 	}
@@ -148,18 +146,18 @@ func (b *Build) foreign(l split.Leg) bool {
 // demand is what a leg asks of the scheduler. A platform that is native nowhere
 // may be built where builds without a platform are, so that its build platform is
 // the same every time, or else anywhere; provided that nothing of it executes:
-// that is checked once the frontend has said what would.
-func (b *Build) demand(l split.Leg, key string) schedule.Demand {
-	usual := b.farm.DefaultPlatform()
-	switch {
-	case l.Unnamed():
-		return schedule.Demand{Platform: usual, Key: key}
-	case !b.foreign(l):
-		return schedule.Demand{Platform: l.Platform, Key: key}
-	case b.farm.Scheduler.Native(usual):
-		return schedule.Demand{Platform: usual, Key: key + l.String()}
+// that is checked once the frontend has said what would. Guest tells of such a leg.
+func (b *Build) demand(l split.Leg, key string) (d schedule.Demand, guest bool) {
+	if l.Unnamed() {
+		return schedule.Demand{Platform: b.farm.DefaultPlatform(), Key: key}, false
 	}
-	return schedule.Demand{Platform: l.Platform, Anywhere: true, Key: key}
+	if !b.foreign(l) {
+		return schedule.Demand{Platform: l.Platform, Key: key}, false
+	}
+	if usual := b.farm.DefaultPlatform(); b.farm.Scheduler.Native(usual) {
+		return schedule.Demand{Platform: usual, Key: key + l.String()}, true
+	}
+	return schedule.Demand{Platform: l.Platform, Anywhere: true, Key: key}, true
 }
 
 // warmthKey identifies the project: the client's context, Dockerfile and target.

@@ -1,17 +1,12 @@
 package dispatch
 
 import (
-	"slices"
-	"strings"
-
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/solver/pb"
-	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/build"
-	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/split"
@@ -25,7 +20,7 @@ func (l *leg) mayExecute(def *pb.Definition) error {
 		return err
 	}
 	for _, e := range execs {
-		if e.Platform != nil && !runs(l.worker, *e.Platform) {
+		if e.Platform != nil && !schedule.Runs(l.worker.Platforms, *e.Platform) {
 			return l.refusal(e)
 		}
 	}
@@ -43,13 +38,4 @@ func (l *leg) refusal(e split.Exec) error {
 			step, platform, l, l.worker.Name, platforms.FormatAll(l.worker.Platforms[0]))
 	}
 	return &build.NoWorkerError{Platform: platform, Step: step, Fleet: schedule.Fleet(farm.Scheduler.Snapshot())}
-}
-
-// runs tells whether a worker runs a platform natively: exactly this one, since
-// workers list every variant and hardware knows no "compatible".
-func runs(worker *fleet.Worker, p ocispecs.Platform) bool {
-	p = platforms.Normalize(p)
-	return slices.ContainsFunc(worker.Platforms, func(n ocispecs.Platform) bool {
-		return n.OS == p.OS && n.Architecture == p.Architecture && strings.EqualFold(n.Variant, p.Variant)
-	})
 }

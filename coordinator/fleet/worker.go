@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/defaults"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -17,9 +18,6 @@ import (
 	"github.com/archfarm/archfarm/coordinator/build"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
-
-// maxMessage is BuildKit's cap for one message of its API.
-const maxMessage = 16 << 20
 
 // Worker is one attached worker: a BuildKit daemon, reached through its agent.
 // It lives as long as its agent's stream; a worker that comes back is a new one.
@@ -134,7 +132,7 @@ func (w *Worker) dial(ctx context.Context, takesSlot bool) (*Conn, error) {
 	conn.ClientConn, err = grpc.NewClient("passthrough:///"+w.Name,
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // the tunnel's security is its carrier's
 		grpc.WithIdleTimeout(0),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxCallSendMsgSize(defaults.DefaultMaxSendMsgSize)),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			if handedOut { // dialers are called one at a time
 				return nil, errors.New("the connection to the worker ended")

@@ -119,13 +119,14 @@ func runs(w *Worker, d Demand) bool {
 	if d.Anywhere {
 		return true
 	}
-	for i := range w.Platforms {
-		p := &w.Platforms[i]
-		if p.Architecture == d.Platform.Architecture && p.OS == d.Platform.OS && p.Variant == d.Platform.Variant {
-			return true
-		}
-	}
-	return false
+	return Runs(w.Platforms, d.Platform)
+}
+
+// Runs reports whether a platform is among those that a machine runs natively, all
+// of them normalised: exactly this one, since workers list every variant and hardware
+// knows no "compatible".
+func Runs(native []ocispecs.Platform, p ocispecs.Platform) bool {
+	return slices.ContainsFunc(native, func(n ocispecs.Platform) bool { return same(n, p) })
 }
 
 // served reports whether a worker that is not on its way out may run what is demanded.

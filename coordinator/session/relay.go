@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/defaults"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/session/grpchijack"
 	"google.golang.org/grpc"
@@ -20,8 +21,6 @@ import (
 )
 
 const (
-	// maxMessage is BuildKit's cap for a message of a session.
-	maxMessage = 16 << 20
 	// findTimeout is how long BuildKit waits for a client's session, too.
 	findTimeout = 5 * time.Second
 	// farewell is how long a worker may take to let go of a session.
@@ -213,8 +212,8 @@ func (r *relay) serve(session context.Context, conn net.Conn, giveUp func()) {
 	server := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
 		grpc.UnknownServiceHandler(r.handle),
-		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
+		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 		grpc.WriteBufferSize(writeSize),
 		grpc.WaitForHandlers(true),
 	)

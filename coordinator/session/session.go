@@ -9,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"strings"
 	"sync"
 	"time"
@@ -67,7 +66,7 @@ func (r *Registry) Handle(stream controlapi.Control_SessionServer) error {
 	// is refused has no reason to do. Returning ends it from this side.
 	hijacked, closed, headers := grpchijack.Hijack(stream)
 	meta := describe(headers)
-	id := http.Header(canonical(meta)).Get(headerID)
+	id := first(meta.Get(headerID))
 	if err := checkID(id); err != nil {
 		return status.Errorf(codes.InvalidArgument, "opening a session: %v", err)
 	}
@@ -156,7 +155,7 @@ func (r *Registry) Settle(ctx context.Context, id string) {
 func (r *Registry) SharedKey(id string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return http.Header(canonical(r.open[id])).Get(headerSharedKey)
+	return first(r.open[id].Get(headerSharedKey))
 }
 
 // Len returns how many sessions are open.
@@ -179,10 +178,9 @@ func describe(headers map[string][]string) metadata.MD {
 	return meta
 }
 
-func canonical(meta metadata.MD) map[string][]string {
-	out := make(map[string][]string, len(meta))
-	for key, values := range meta {
-		out[http.CanonicalHeaderKey(key)] = values
+func first(values []string) string {
+	if len(values) == 0 {
+		return ""
 	}
-	return out
+	return values[0]
 }
