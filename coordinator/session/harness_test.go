@@ -140,20 +140,22 @@ func (w *worker) session(stream controlapi.Control_SessionServer) error {
 	conn, closed, headers := grpchijack.Hijack(stream)
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
+	killed := make(chan struct{})
 	go func() {
+		defer cancel()
 		select {
 		case <-closed:
 		case <-w.kill:
+			close(killed)
 		case <-ctx.Done():
 		}
-		cancel()
 	}()
 	handled := make(chan error, 1)
 	go func() { handled <- w.manager.HandleConn(ctx, conn, headers) }()
 	select {
-	case err := <-handled:
+	case err := <-handled: // the session is forgotten by now: ending the stream says so
 		return err
-	case <-ctx.Done(): // HandleConn would wait for the other side when killed
+	case <-killed: // HandleConn would wait for the other side
 		return nil
 	}
 }

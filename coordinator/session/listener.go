@@ -42,14 +42,32 @@ func (l *singleListener) Close() error {
 
 func (l *singleListener) Addr() net.Addr { return &net.UnixAddr{Name: "session", Net: "unix"} }
 
-// notifyingConn tells when the server has closed it.
+// notifyingConn tells when the server has closed it, and takes no writes any more
+// once that has begun: a message after the end of the stream's sending cancels the
+// stream (grpc, clientStream.SendMsg), and its end would no longer tell that the
+// worker has forgotten the session.
 type notifyingConn struct {
 	net.Conn
 	closed func()
+
+	writing sync.Mutex
+	closing bool
+}
+
+func (c *notifyingConn) Write(b []byte) (int, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if c.closing {
+		return 0, net.ErrClosed
+	}
+	return c.Conn.Write(b)
 }
 
 func (c *notifyingConn) Close() error {
 	defer c.closed()
+	c.writing.Lock()
+	c.closing = true
+	c.writing.Unlock()
 	return c.Conn.Close()
 }
 
