@@ -49,6 +49,11 @@ test: setup build tools ## every test; not as root, the end-to-end tests are ski
 bench: setup build tools ## the farm beside buildx on its own, side by side (root)
 	$(GO) run ./loadtest/bench
 
+# SUITE is buildx or one of BuildKit's: client, dockerfile, buildctl. FLAGS are those of go run ./conformance -h.
+SUITE = buildx
+conformance: setup build tools ## buildx's integration suite on a plain buildkitd and on a farm (root; SUITE=client)
+	@$(GO) run ./conformance -suite $(SUITE) $(FLAGS)
+
 lint: lint-tools ## go vet, golangci-lint, buf lint
 	$(GO) vet ./...
 	$(TOOLS)/golangci-lint run ./...
@@ -107,4 +112,4 @@ $(TOOLS)/protoc-gen-go-grpc: go.mod
 clean: ## remove bin/, tools included
 	rm -rf $(BIN)
 
-.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench lint generate setup tools arm64vm lint-tools clean
+.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench conformance lint generate setup tools arm64vm lint-tools clean

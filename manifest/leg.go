@@ -17,6 +17,9 @@ const configDigestKey = "config.digest"
 
 // readLeg checks a leg and returns the one image and the attestations it holds.
 func readLeg(leg Leg) (contents, error) {
+	if len(leg.Further) > 0 && slices.ContainsFunc([]string{oci.image, docker.image}, func(t string) bool { return t == leg.Descriptor.MediaType }) {
+		return contents{}, fmt.Errorf("%s is one image manifest, the leg has %d", leg.Descriptor.Digest, len(leg.Further)+1)
+	}
 	if leg.Platform.OS == "" || leg.Platform.Architecture == "" {
 		return contents{}, fmt.Errorf("the platform asked for, %+v, is not complete", leg.Platform)
 	}
@@ -44,11 +47,17 @@ func readIndexLeg(leg Leg, f family) (contents, error) {
 		return contents{}, fmt.Errorf("index %s says that it is of type %s, its descriptor says %s",
 			leg.Descriptor.Digest, c.family.index, f.index)
 	}
-	if len(c.images) != 1 {
-		return contents{}, fmt.Errorf("index %s holds %d image manifests, a leg has one", leg.Descriptor.Digest, len(c.images))
+	asked := append([]ocispecs.Platform{leg.Platform}, leg.Further...)
+	if len(c.images) != len(asked) {
+		return contents{}, fmt.Errorf("index %s holds %d image manifests, the leg has %d", leg.Descriptor.Digest, len(c.images), len(asked))
 	}
-	if err := checkPlatform(leg.Platform, c.images[0]); err != nil {
-		return contents{}, err
+	if leg.Positions != nil && len(leg.Positions) != len(asked) {
+		return contents{}, fmt.Errorf("%d positions for %d images", len(leg.Positions), len(asked))
+	}
+	for i, p := range asked {
+		if err := checkPlatform(p, c.images[i]); err != nil {
+			return contents{}, err
+		}
 	}
 	return c, nil
 }

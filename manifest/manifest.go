@@ -8,10 +8,12 @@
 package manifest
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -33,6 +35,12 @@ type Leg struct {
 	// Blob is the content behind Descriptor: an index that holds one image
 	// manifest and its attestation manifests, or a bare image manifest.
 	Blob []byte
+	// Further are the platforms of further images, in the order of the leg's index:
+	// a client that runs the frontend itself may have several built by one leg.
+	Further []ocispecs.Platform
+	// Positions tell where the leg's images stand in the whole, one each; nil for the
+	// order of the legs.
+	Positions []int
 }
 
 // Annotations are the ones that belong to the index as a whole, which no leg
@@ -81,23 +89,45 @@ func Assemble(legs []Leg, a Annotations) (Index, error) {
 	return encode(whole, a)
 }
 
+// placed is a manifest, and where it or the image that it is about stands.
+type placed struct {
+	at         int
+	descriptor ocispecs.Descriptor
+}
+
 // join puts the legs' manifests in the order of the index.
 func join(legs []Leg, parts []contents) (contents, error) {
 	whole := contents{family: parts[0].family}
+	var images, attestations []placed
 	for i, part := range parts {
 		if part.family != whole.family {
 			return contents{}, fmt.Errorf("leg %s has manifests of type %s, leg %s of type %s: export all with the same oci-mediatypes",
 				name(legs[0].Platform), whole.family.image, name(legs[i].Platform), part.family.image)
 		}
-		whole.images = append(whole.images, part.images...)
+		position := map[digest.Digest]int{}
+		for j, d := range part.images {
+			at := len(images)
+			if legs[i].Positions != nil {
+				at = legs[i].Positions[j]
+			}
+			position[d.Digest] = at
+			images = append(images, placed{at, d})
+		}
+		for _, d := range part.attestations {
+			attestations = append(attestations, placed{position[digest.Digest(d.Annotations[referenceDigestKey])], d})
+		}
 	}
-	for _, part := range parts {
-		whole.attestations = append(whole.attestations, part.attestations...)
+	whole.images, whole.attestations = inOrder(images), inOrder(attestations)
+	return whole, distinctPlatforms(whole.images)
+}
+
+func inOrder(list []placed) []ocispecs.Descriptor {
+	slices.SortStableFunc(list, func(a, b placed) int { return cmp.Compare(a.at, b.at) })
+	var out []ocispecs.Descriptor
+	for _, p := range list {
+		out = append(out, p.descriptor)
 	}
-	if err := distinctPlatforms(whole.images); err != nil {
-		return contents{}, err
-	}
-	return whole, nil
+	return out
 }
 
 // encode writes the index as BuildKit does: two spaces of indentation, HTML

@@ -285,3 +285,33 @@ func requireError(t *testing.T, err error, want ...string) {
 		}
 	}
 }
+
+// A client that runs the frontend itself may have one leg build several platforms, between which others stand.
+func TestAssemble_PlacesTheImagesOfALegThatHasSeveral(t *testing.T) {
+	t.Parallel()
+	a, b, c := image("a", "linux/amd64"), image("b", "linux/arm64"), image("c", "linux/386")
+	ofA, ofB, ofC := attestation("of a", a.Digest), attestation("of b", b.Digest), attestation("of c", c.Digest)
+	two, one := index(t, nil, a, c, ofA, ofC), index(t, nil, b, ofB)
+	legs := []manifest.Leg{
+		{Platform: *a.Platform, Further: []ocispecs.Platform{*c.Platform}, Positions: []int{0, 2}, Descriptor: describe(two), Blob: two},
+		{Platform: *b.Platform, Positions: []int{1}, Descriptor: describe(one), Blob: one},
+	}
+	got, err := manifest.Assemble(legs, manifest.Annotations{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var whole ocispecs.Index
+	if err := json.Unmarshal(got.Blob, &whole); err != nil {
+		t.Fatal(err)
+	}
+	want := []digest.Digest{a.Digest, b.Digest, c.Digest, ofA.Digest, ofB.Digest, ofC.Digest}
+	for i, d := range whole.Manifests {
+		if i >= len(want) || d.Digest != want[i] {
+			t.Errorf("manifest %d is %s of %v", i, d.Digest, want)
+		}
+	}
+	legs[0].Further = nil
+	if _, err := manifest.Assemble(legs, manifest.Annotations{}); err == nil {
+		t.Error("a leg with more images than platforms was assembled")
+	}
+}

@@ -32,6 +32,9 @@ type Leg struct {
 	skew   time.Duration
 	mapped map[string]string
 	open   map[string]openVertex // by translated digest
+
+	warned   *Warned               // nil: there are no others
+	warnings map[digest.Digest]int // of this leg, by content
 }
 
 // openVertex is a vertex that has started and not completed.
@@ -85,7 +88,7 @@ func (l *Leg) Translate(r *controlapi.StatusResponse) *controlapi.StatusResponse
 		Vertexes: translateAll(r.Vertexes, l.vertex),
 		Statuses: translateAll(r.Statuses, l.status),
 		Logs:     translateAll(r.Logs, l.log),
-		Warnings: translateAll(r.Warnings, l.warning),
+		Warnings: translateAll(l.fresh(r.Warnings), l.warning),
 	}
 	keepUnknown(out, r)
 	return out

@@ -63,6 +63,18 @@ func (t *Step) Log(msg string) {
 	}})
 }
 
+// Warn adds a warning to the step, whose digest it gets.
+func (t *Step) Warn(w *controlapi.VertexWarning) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.completed {
+		return
+	}
+	t.start()
+	w.Vertex = t.digest
+	t.stream.Publish(&controlapi.StatusResponse{Warnings: []*controlapi.VertexWarning{w}})
+}
+
 // Status shows text as what the step is at. The id names the line: another text
 // of the same id takes its place, which clients show as the former line done and
 // a new one begun, since they print a line's identity and not its name. An empty
