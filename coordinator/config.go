@@ -17,6 +17,8 @@ const (
 	DefaultHTTP         = "127.0.0.1:8373"
 	DefaultGossip       = "127.0.0.1:7946"
 	DefaultDrainTimeout = 10 * time.Minute
+	DefaultMaxBuilds    = 1000
+	DefaultMaxSessions  = 4000
 )
 
 // Config is how a coordinator runs.
@@ -47,6 +49,19 @@ type Config struct {
 	DataDir string
 	// DrainTimeout bounds the wait for running builds once the context has ended.
 	DrainTimeout time.Duration
+	// HistoryDisabled makes new builds leave no record.
+	HistoryDisabled bool
+	// HistoryMaxEntries is how many build records are kept whatever their age;
+	// those beyond go when they are older than HistoryMaxAge. HistoryMaxSize bounds
+	// all records with what they name, in bytes; the oldest go first. Pinned records
+	// stay. Zero means the default of package history.
+	HistoryMaxEntries int
+	HistoryMaxAge     time.Duration
+	HistoryMaxSize    int64
+	// MaxBuilds is how many builds run or wait at a time, MaxSessions how many client
+	// sessions are open; more are refused. A build that waits takes some 180 KiB, a
+	// session 120 KiB; a build that prints much up to 32 MiB.
+	MaxBuilds, MaxSessions int
 	// Stop, when closed, ends the wait for running builds.
 	Stop <-chan struct{}
 	// Version of this program.
@@ -72,6 +87,12 @@ func (c *Config) validate() error {
 	}
 	if c.DrainTimeout <= 0 {
 		c.DrainTimeout = DefaultDrainTimeout
+	}
+	if c.MaxBuilds <= 0 {
+		c.MaxBuilds = DefaultMaxBuilds
+	}
+	if c.MaxSessions <= 0 {
+		c.MaxSessions = DefaultMaxSessions
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
@@ -18,8 +19,10 @@ import (
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	_ "github.com/moby/buildkit/util/grpcutil/encoding/proto" // the codec of buildkitd: without reflection, and sessions reuse their buffers
 	"github.com/prometheus/client_golang/prometheus"
+	tracev1 "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -27,9 +30,12 @@ import (
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/coordinator/dispatch"
 	"github.com/archfarm/archfarm/coordinator/endpoint"
+	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/history"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
+	"github.com/archfarm/archfarm/coordinator/trace"
 	"github.com/archfarm/archfarm/gossip"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 	"github.com/archfarm/archfarm/tunnel"
@@ -39,6 +45,9 @@ const (
 	// maxStreams bounds the calls that one connection has open at a time: a build
 	// needs about five.
 	maxStreams = 1000
+	// introduction is how long a client may take from its connection to the end of
+	// the HTTP/2 handshake, which it does not have to wait for anything to do.
+	introduction = 10 * time.Second
 	// farewell is how long clients have for the last words of their streams once
 	// every build has ended.
 	farewell = 2 * time.Second
@@ -50,7 +59,8 @@ type coordinator struct {
 	log     *slog.Logger
 	farm    *dispatch.Farm
 	builds  *dispatch.Builds
-	history *endpoint.History
+	history *history.History
+	traces  *trace.Traces
 	metrics *prometheus.Registry
 	health  *health.Server
 }
@@ -66,18 +76,19 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("starting the coordinator: %w", err)
 	}
 	defer unlock()
-	c, err := assembleCoordinator(cfg)
+	c, err := assembleCoordinator(ctx, cfg)
 	if err != nil {
 		return fmt.Errorf("starting the coordinator: %w", err)
 	}
-	return c.run(ctx)
+	return errors.Join(c.run(ctx), c.closeHistory(ctx))
 }
 
-func assembleCoordinator(cfg Config) (*coordinator, error) {
+func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) {
 	sessions, err := session.NewRegistry()
 	if err != nil {
 		return nil, err
 	}
+	sessions.Limit = cfg.MaxSessions
 	metrics := prometheus.NewRegistry()
 	scheduler := schedule.New(nil)
 	scheduler.Share = true // a build of more legs than slots would wait for itself
@@ -86,9 +97,19 @@ func assembleCoordinator(cfg Config) (*coordinator, error) {
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
 		Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
 	}
+	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), export.DefaultSpoolLimit)
+	if err != nil {
+		return nil, err
+	}
 	registerMetrics(metrics, farm, cfg.Version)
+	running := dispatch.NewBuilds(farm)
+	running.Limit = cfg.MaxBuilds
+	builds, traces, err := openHistory(ctx, cfg, workers)
+	if err != nil {
+		return nil, err
+	}
 	return &coordinator{
-		cfg: cfg, log: cfg.Logger, farm: farm, builds: dispatch.NewBuilds(farm), history: endpoint.NewHistory(workers), metrics: metrics, health: health.NewServer(),
+		cfg: cfg, log: cfg.Logger, farm: farm, builds: running, history: builds, traces: traces, metrics: metrics, health: health.NewServer(),
 	}, nil
 }
 
@@ -184,6 +205,7 @@ func (c *coordinator) drain(ctx context.Context) error {
 
 // stop ends the servers: gently, as all builds are over, but not for long.
 func (c *coordinator) stop(ctx context.Context, server *grpc.Server, web *http.Server) {
+	c.finishHistory(ctx) // while the workers are there
 	c.farm.Fleet.Close()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell) // ctx has ended: that is why
 	defer cancel()
@@ -249,8 +271,10 @@ func (c *coordinator) gossip(ctx context.Context, bound *Bound) (*gossip.Node, e
 func (c *coordinator) server() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize), // as buildkitd,
-		grpc.UnaryInterceptor(c.unary), grpc.StreamInterceptor(c.stream),
+		grpc.UnaryInterceptor(c.unary), grpc.StreamInterceptor(c.stream), grpc.StatsHandler(c.traces.StatsHandler()),
 		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.ConnectionTimeout(introduction),
+		grpc.Creds(dispatch.Credentials(insecure.NewCredentials())),
 		// A client or worker that vanished without a word is noticed within a minute.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -258,7 +282,8 @@ func (c *coordinator) server() *grpc.Server {
 	control := &endpoint.Control{Solver: c, Builds: c.builds, Farm: c.farm, History: c.history}
 	controlapi.RegisterControlServer(server, control)
 	gwpb.RegisterLLBBridgeServer(server, &endpoint.Gateway{Builds: c.builds, Control: control})
-	contentapi.RegisterContentServer(server, c.history)
+	contentapi.RegisterContentServer(server, endpoint.Content(c.history))
+	tracev1.RegisterTraceServiceServer(server, c.traces)
 	archfarmv1.RegisterAgentServiceServer(server, c.farm.Fleet)
 	archfarmv1.RegisterFleetServiceServer(server, c.farm.Fleet)
 	healthpb.RegisterHealthServer(server, c.health)

@@ -15,14 +15,19 @@ import (
 // served is a coordinator's web, without the rest of it being served.
 func served(t *testing.T, cfg Config) (c *coordinator, get func(method, path string) (int, string)) {
 	t.Helper()
-	cfg.Listen, cfg.DataDir, cfg.Version = []address.Address{tcp}, "unused", "v1.2.3"
+	cfg.Listen, cfg.DataDir, cfg.Version = []address.Address{tcp}, t.TempDir(), "v1.2.3"
 	if err := cfg.validate(); err != nil {
 		t.Fatal(err)
 	}
-	c, err := assembleCoordinator(cfg)
+	c, err := assembleCoordinator(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := c.closeHistory(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Cleanup(c.farm.Fleet.Close)
 	var bound Bound
 	server, listener, err := c.web(t.Context(), &bound)

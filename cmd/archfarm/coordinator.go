@@ -2,11 +2,14 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/archfarm/archfarm/coordinator"
+	"github.com/archfarm/archfarm/coordinator/history"
 )
 
 func newCoordinator(stop <-chan struct{}) *cobra.Command {
@@ -42,7 +45,34 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.String("gossip", coordinator.DefaultGossip, "host:port, TCP and UDP, by which workers find this coordinator; empty for none")
 	flags.String("advertise", "", "host:port that workers are told to dial (default: the first TCP address of --listen)")
 	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
+	flags.Int("max-builds", coordinator.DefaultMaxBuilds, "how many builds may run or wait at a time; more are refused")
+	flags.Int("max-sessions", coordinator.DefaultMaxSessions, "how many client sessions may be open at a time; more are refused")
+	historyFlags(flags)
 	gossipFlags(flags)
+}
+
+func historyFlags(flags *pflag.FlagSet) {
+	flags.Bool("history", true, "keep records of builds, as docker buildx history shows them")
+	flags.Int("history-max-entries", history.DefaultMaxEntries, "build records to keep whatever their age; 0 is --history=false")
+	flags.Duration("history-max-age", history.DefaultMaxAge, "how old further build records may become")
+	flags.Int64("history-max-size", history.DefaultMaxSize, "bytes that all build records and their content may take; the oldest go first")
+}
+
+func historyConfig(flags *pflag.FlagSet, cfg *coordinator.Config) error {
+	enabled, _ := flags.GetBool("history")
+	cfg.HistoryMaxEntries, _ = flags.GetInt("history-max-entries")
+	cfg.HistoryMaxAge, _ = flags.GetDuration("history-max-age")
+	cfg.HistoryMaxSize, _ = flags.GetInt64("history-max-size")
+	cfg.HistoryDisabled = !enabled || cfg.HistoryMaxEntries == 0
+	switch {
+	case cfg.HistoryMaxEntries < 0:
+		return usageError{errors.New("--history-max-entries must not be negative")}
+	case cfg.HistoryMaxAge <= 0:
+		return usageError{errors.New("--history-max-age must be positive")}
+	case cfg.HistoryMaxSize <= 0:
+		return usageError{errors.New("--history-max-size must be positive")}
+	}
+	return nil
 }
 
 func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Config, error) {
@@ -75,5 +105,11 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 		return cfg, usageError{errors.New("no folder for the state is named; use --data-dir")}
 	}
 	cfg.DrainTimeout, _ = flags.GetDuration("drain-timeout")
-	return cfg, nil
+	for name, limit := range map[string]*int{"max-builds": &cfg.MaxBuilds, "max-sessions": &cfg.MaxSessions} {
+		if *limit, _ = flags.GetInt(name); *limit < 1 {
+			return cfg, usageError{fmt.Errorf("--%s %d: at least 1 must be possible", name, *limit)}
+		}
+	}
+	err = historyConfig(flags, &cfg) // before cfg is copied
+	return cfg, err
 }

@@ -61,6 +61,7 @@ func TestMain_ACommandLineThatMakesNoSenseIsExitCodeTwo(t *testing.T) {
 		"an address that is none":         {nil, []string{"coordinator", "--data-dir", "x", "--listen", "nonsense"}, []string{"--listen", "nonsense"}},
 		"no folder":                       {nil, []string{"coordinator"}, []string{"--data-dir"}},
 		"no folder for all":               {nil, []string{"up", "--data-dir", ""}, []string{"--data-dir"}},
+		"no build at a time":              {nil, []string{"coordinator", "--data-dir", "x", "--max-builds", "0"}, []string{"--max-builds", "at least 1"}},
 		"a duration that is none":         {nil, []string{"coordinator", "--drain-timeout", "soon"}, []string{"drain-timeout", "soon"}},
 		"a duration in the environment":   {[]string{"ARCHFARM_DRAIN_TIMEOUT=soon"}, []string{"coordinator"}, []string{"ARCHFARM_DRAIN_TIMEOUT", "soon"}},
 		"an unknown level":                {nil, []string{"coordinator", "--data-dir", "x", "--log-level", "loud"}, []string{"--log-level", "loud", "debug"}},

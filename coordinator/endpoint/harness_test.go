@@ -9,6 +9,9 @@ import (
 	"testing/synctest"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/containerd/v2/plugins/services/content/contentserver"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,15 +23,17 @@ import (
 	"github.com/archfarm/archfarm/coordinator/endpoint"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/fleet/fleettest"
+	"github.com/archfarm/archfarm/coordinator/history"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
 )
 
 // farm is the door of a coordinator, as a client reaches it.
 type farm struct {
+	shared  *dispatch.Farm
 	door    *fleettest.Door
 	builds  *dispatch.Builds
-	history *endpoint.History
+	history *history.History
 	cc      *grpc.ClientConn
 	stop    func() // of the door
 }
@@ -58,12 +63,22 @@ func newFarm(t *testing.T) *farm {
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, log),
 		Metrics: dispatch.NewMetrics(prometheus.NewRegistry()), Log: log,
 	}
-	f := &farm{door: fleettest.Serve(t, workers), builds: dispatch.NewBuilds(shared), history: endpoint.NewHistory(workers)}
+	past, err := history.Open(t.Context(), history.Options{Dir: t.TempDir(), Workers: endpoint.Workers{Fleet: workers}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := past.Close(context.Background()); err != nil { // t.Context has ended
+			t.Error(err)
+		}
+	})
+	f := &farm{shared: shared, door: fleettest.Serve(t, workers), builds: dispatch.NewBuilds(shared), history: past}
+	t.Cleanup(func() { _ = f.builds.Drain(context.Background()) }) // t.Context has ended
 	control := &endpoint.Control{Builds: f.builds, Farm: shared, History: f.history}
 	server := grpc.NewServer(grpc.WaitForHandlers(true))
 	controlapi.RegisterControlServer(server, control)
 	gwpb.RegisterLLBBridgeServer(server, &endpoint.Gateway{Builds: f.builds, Control: control})
-	contentapi.RegisterContentServer(server, f.history)
+	contentapi.RegisterContentServer(server, endpoint.Content(f.history))
 	l := bufconn.Listen(1 << 16)
 	var running sync.WaitGroup
 	running.Go(func() { _ = server.Serve(l) })
@@ -78,56 +93,38 @@ func newFarm(t *testing.T) *farm {
 	return f
 }
 
-// daemon is a buildkitd that remembers what it is told to.
+// daemon is a buildkitd with a content store, which remembers what it is told to.
 type daemon struct {
 	controlapi.UnimplementedControlServer
 	*fleettest.Worker
 	records map[string]*controlapi.BuildHistoryRecord
-	frozen  bool
+	content content.Store
 }
 
 func (f *farm) worker(t *testing.T, name string, records ...*controlapi.BuildHistoryRecord) *daemon {
 	t.Helper()
-	d := &daemon{records: map[string]*controlapi.BuildHistoryRecord{}}
+	store, err := local.NewStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{records: map[string]*controlapi.BuildHistoryRecord{}, content: store}
 	for _, r := range records {
 		d.records[r.GetRef()] = r
 	}
 	d.Worker = f.door.Attach(t, name, []string{"linux/amd64"}, 1, func(s *grpc.Server) {
 		controlapi.RegisterControlServer(s, d)
-		contentapi.RegisterContentServer(s, &store{name: name})
+		contentapi.RegisterContentServer(s, contentserver.New(store))
 	})
 	synctest.Wait()
 	return d
 }
 
 func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream controlapi.Control_ListenBuildHistoryServer) error {
-	if d.frozen {
-		<-stream.Context().Done()
-	}
 	for _, ref := range []string{"another", req.GetRef()} { // what was not asked for is passed over
 		if r, ok := d.records[ref]; ok {
 			if err := stream.Send(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: r}); err != nil {
 				return err
 			}
-		}
-	}
-	return nil
-}
-
-// store has every blob: its own name.
-type store struct {
-	contentapi.UnimplementedContentServer
-	name string
-}
-
-func (s *store) Info(_ context.Context, req *contentapi.InfoRequest) (*contentapi.InfoResponse, error) {
-	return &contentapi.InfoResponse{Info: &contentapi.Info{Digest: req.GetDigest(), Size: int64(len(s.name))}}, nil
-}
-
-func (s *store) Read(_ *contentapi.ReadContentRequest, stream contentapi.Content_ReadServer) error {
-	for i := range s.name { // in pieces
-		if err := stream.Send(&contentapi.ReadContentResponse{Data: []byte{s.name[i]}}); err != nil {
-			return err
 		}
 	}
 	return nil
@@ -141,9 +138,6 @@ func (f *farm) begin(t *testing.T, ref string) *dispatch.Build {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		f.builds.End(b, nil)
-		_ = f.builds.Drain(context.Background()) // t.Context has ended
-	})
+	t.Cleanup(func() { f.builds.End(b, nil) })
 	return b
 }
