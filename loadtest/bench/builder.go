@@ -18,6 +18,9 @@ const (
 // names are the builders' names at buildx; farmtest has created the farm's.
 var names = map[string]string{theFarm: "farm", twoNodes: "nodes", oneNode: "one"}
 
+// slots let everything run at once, as buildkitds do.
+const slots = 32
+
 // rig is what every contest runs on.
 type rig struct {
 	tools    farmtest.Tools
@@ -27,7 +30,7 @@ type rig struct {
 	both     string // that and the one that the second worker is told to be
 }
 
-// newRig starts a farm of two workers with a slot each, and creates builders that use their buildkitds without the farm.
+// newRig starts a farm of two workers with enough slots, and creates builders that use their buildkitds without the farm.
 func newRig(t farmtest.T) *rig {
 	tools := farmtest.FindFarmTools(t)
 	tools.Docker = "" // buildx by itself: the docker command's own time would be in both terms of each ratio
@@ -38,8 +41,8 @@ func newRig(t farmtest.T) *rig {
 	r := &rig{tools: tools, native: native, both: native + "," + foreign}
 	r.registry = startRegistry(t, tools)
 	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{
-		{Name: "native", Platforms: []string{native}, Slots: 1},
-		{Name: "told", Platforms: []string{foreign}, Slots: 1}, // its Dockerfiles must not execute anything
+		{Name: "native", Platforms: []string{native}, Slots: slots},
+		{Name: "told", Platforms: []string{foreign}, Slots: slots}, // its Dockerfiles must not execute anything
 	}})
 	first, second := r.farm.Workers[0].Buildkitd.Addr, r.farm.Workers[1].Buildkitd.Addr
 	r.buildx(t, "create", "--name", names[oneNode], "--driver", "remote", first)

@@ -31,29 +31,35 @@ type options struct {
 	Rounds       int           // of the builds with the large context
 	CachedRounds int           // of the cached builds, which are short
 	Size         int64         // of the large context, in bytes
+	ImageRounds  int           // of the exports of the large image
+	ImageSize    int64         // of that image, in bytes
+	AtOnce       int           // builds that run at the same time
 	Limit        time.Duration // no round begins after that
 }
 
 // parse reads the command line.
 func parse(args []string) (options, error) {
 	var o options
-	var megabytes int64
+	var megabytes, image int64
 	var short bool
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.IntVar(&o.Rounds, "rounds", 10, "rounds of builds with the large context")
 	flags.IntVar(&o.CachedRounds, "cached-rounds", 30, "rounds of cached builds")
 	flags.Int64Var(&megabytes, "megabytes", 200, "size of the large context, in units of 1000000 bytes")
+	flags.IntVar(&o.ImageRounds, "image-rounds", 3, "rounds of exports of the large image")
+	flags.Int64Var(&image, "image-megabytes", 2000, "size of the large image, half of it for each platform")
+	flags.IntVar(&o.AtOnce, "at-once", 20, "builds that run at the same time, for the coordinator's memory")
 	flags.DurationVar(&o.Limit, "limit", 7*time.Minute, "begin no round after this time: what is measured by then is shown")
 	flags.BoolVar(&short, "short", false, "one round of everything and 5 megabytes, to see that it runs; the other flags are ignored")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
-	if flags.NArg() > 0 || o.Rounds < 1 || o.CachedRounds < 1 || megabytes < 1 || o.Limit <= 0 {
+	if flags.NArg() > 0 || o.Rounds < 1 || o.CachedRounds < 1 || o.ImageRounds < 1 || o.AtOnce < 1 || megabytes < 1 || image < 2 || o.Limit <= 0 {
 		err := fmt.Errorf("bench takes no arguments, and flags greater than 0; see bench -help")
 		fmt.Fprintln(flags.Output(), err)
 		return o, err
 	}
-	o.Size = megabytes * 1_000_000
+	o.Size, o.ImageSize = megabytes*1_000_000, image*1_000_000
 	if short {
 		o = shortly()
 	}
@@ -62,5 +68,5 @@ func parse(args []string) (options, error) {
 
 // shortly is enough to see that everything works, and too little to conclude anything from.
 func shortly() options {
-	return options{Rounds: 1, CachedRounds: 1, Size: 5_000_000, Limit: 5 * time.Minute}
+	return options{Rounds: 1, CachedRounds: 1, Size: 5_000_000, ImageRounds: 1, ImageSize: 10_000_000, AtOnce: 3, Limit: 5 * time.Minute}
 }
