@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -46,7 +47,7 @@ func images(ctx context.Context, frontend string) ([]image, error) {
 	}
 	shell := ocispec.ImageConfig{Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: []string{"sh"}}
 	var out []image
-	for _, name := range []string{"library/busybox:latest", "library/busybox:stable-musl", "amd64/debian:bullseye-20230109-slim", "tonistiigi/test:nolayers", "cpuguy83/buildkit-foreign:latest", "moby/buildkit:buildx-stable-1"} {
+	for _, name := range []string{"library/busybox:latest", "library/busybox:stable-musl", "amd64/debian:bullseye-20230109-slim", "tonistiigi/test:nolayers", "cpuguy83/buildkit-foreign:latest", "tonistiigi/hellofs:latest", "moby/buildkit:buildx-stable-1"} {
 		out = append(out, image{name: name, layers: [][]byte{busybox}, config: shell})
 	}
 	out = append(out, image{name: "library/alpine:latest", layers: [][]byte{alpine}, config: shell})
@@ -126,7 +127,18 @@ func layer(entries []entry) ([]byte, error) {
 			return nil, err
 		}
 	}
-	return out.Bytes(), w.Close()
+	err := w.Close()
+	return out.Bytes(), err
+}
+
+func compress(layer []byte) ([]byte, error) {
+	var out bytes.Buffer
+	w := gzip.NewWriter(&out)
+	if _, err := w.Write(layer); err != nil {
+		return nil, err
+	}
+	err := w.Close()
+	return out.Bytes(), err
 }
 
 // push writes an image for this machine's platform to a registry.
@@ -143,12 +155,16 @@ func (i image) push(ctx context.Context, host string) error {
 	manifest := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, Config: i.config, RootFS: ocispec.RootFS{Type: "layers"}}
 	for _, l := range i.layers {
-		desc, err := write(ocispec.MediaTypeImageLayer, l)
+		packed, err := compress(l)
+		if err != nil {
+			return err
+		}
+		desc, err := write(ocispec.MediaTypeImageLayerGzip, packed)
 		if err != nil {
 			return err
 		}
 		manifest.Layers = append(manifest.Layers, desc)
-		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, desc.Digest)
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, digest.FromBytes(l))
 		config.History = append(config.History, ocispec.History{CreatedBy: "conformance"})
 	}
 	blob, err := json.Marshal(config)

@@ -2,24 +2,22 @@ package coordinator
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"fmt"
 	"maps"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
-	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/dispatch"
 	"github.com/archfarm/archfarm/coordinator/publish"
-	"github.com/archfarm/archfarm/manifest"
+	"github.com/archfarm/archfarm/coordinator/split"
 )
 
 // Solve is the way of a build: the request comes in; the client's frontend calls
 // split it into legs, which are scheduled and dispatched to workers; the legs
-// export, by digest only; their descriptors are collected and assembled into an
-// index; the index is published. An error before that stops every leg, and no tag
+// export, into registries by digest only; their descriptors are collected and
+// assembled into an index; that goes to the client, or is published. An error before that stops every leg, and no tag
 // has moved; one while publishing tells which have.
 func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (response *controlapi.SolveResponse, err error) {
 	counted := c.farm.Metrics.Begun()
@@ -30,7 +28,11 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 		c.farm.Sessions.Settle(ctx, req.GetSession())
 		return nil, err
 	}
-	defer func() { c.builds.End(b, err) }()
+	rec := c.history.Begin(ctx, req, split.Exporters(req), b.Progress)
+	defer func() {
+		rec.Complete(legsOf(b), asStatus(ctx, err))
+		c.builds.End(b, err)
+	}()
 
 	result, err := b.Result(ctx)
 	if err != nil {
@@ -43,63 +45,93 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 	if len(b.Legs()) == 0 { // the probe that buildx sends first is over before its session is open
 		c.farm.Sessions.Settle(ctx, req.GetSession())
 	}
-	c.history.Add(req.GetRef(), b.Legs())
-	if len(exported.Legs) == 0 { // one leg has exported everything itself, or there is no image
-		return &controlapi.SolveResponse{ExporterResponse: exported.Response}, nil
-	}
-	image, err := c.assemble(b, exported)
+	rec.Built(ctx, legsOf(b), result.GetMetadata())
+	images, err := c.assemble(b, exported)
 	if err != nil {
 		return nil, err
 	}
-	if err := c.publish(ctx, b, req.GetSession(), exported, image); err != nil {
+	for _, i := range images {
+		rec.Image(ctx, i.Exporter, i.Descriptor, i.Blob)
+	}
+	if err := c.send(ctx, b, images); err != nil {
 		return nil, err
 	}
-	return answer(exported, image)
+	if err := c.publish(ctx, b, req.GetSession(), images); err != nil {
+		return nil, err
+	}
+	response = answer(exported, images)
+	if err := b.Finish(ctx, response.GetExporterResponse()); err != nil {
+		return nil, err
+	}
+	return response, nil
 }
 
-// assemble makes the legs' images one.
-func (c *coordinator) assemble(b *dispatch.Build, exported *dispatch.Exported) (publish.Content, error) {
-	if exported.Plain && len(exported.Legs) == 1 {
-		return publish.Content{Descriptor: exported.Legs[0].Descriptor, Blob: exported.Legs[0].Blob}, nil
-	}
-	index, err := manifest.Assemble(exported.Legs, exported.Annotations)
-	if err != nil {
-		return publish.Content{}, err
-	}
-	step := b.Progress.Step(fmt.Sprintf("exporting manifest list %s", index.Descriptor.Digest))
-	step.Start()
-	step.Done(nil)
-	return publish.Content{Descriptor: index.Descriptor, Blob: index.Blob}, nil
-}
-
-// publish points every name of the image at it, one after the other: when one
-// cannot be moved, the error tells which names were.
-func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, session string, exported *dispatch.Exported, image publish.Content) error {
-	registry := publish.Registry{Sessions: c.farm.Sessions.Manager(), Session: session, Insecure: exported.Publication.Insecure}
-	for i, name := range exported.Publication.Names {
-		step := b.Progress.Step("pushing manifest for " + name)
-		step.Start()
-		err := registry.Push(ctx, name, exported.Publication.ByDigest, image)
-		step.Done(err)
+// assemble makes the legs' images one, for each exporter that several legs had a
+// part in.
+func (c *coordinator) assemble(b *dispatch.Build, exported *dispatch.Exported) ([]image, error) {
+	var images []image
+	for _, made := range exported.Images {
+		i, err := assemble(made, exported.Metadata)
 		if err != nil {
-			return publish.Partly(err, exported.Publication.Names[:i])
+			return nil, err
+		}
+		if !made.Plain {
+			step := b.Progress.Step(fmt.Sprintf("exporting manifest list %s", i.Descriptor.Digest))
+			step.Start()
+			step.Done(nil)
+		}
+		images = append(images, i)
+	}
+	return images, nil
+}
+
+// send gives the client the images that it wants as files.
+func (c *coordinator) send(ctx context.Context, b *dispatch.Build, images []image) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, i := range images {
+		if i.Kind != split.KindArchive {
+			continue
+		}
+		step := b.Progress.Step(i.step())
+		group.Go(func() error {
+			step.Start()
+			err := b.Send(ctx, i.archive())
+			step.Done(err)
+			return err
+		})
+	}
+	return group.Wait()
+}
+
+// publish points every name of the images at them, one after the other: when one
+// cannot be moved, the error tells which names were.
+func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, session string, images []image) error {
+	var done []string
+	for _, i := range images {
+		if i.Kind != split.KindImage {
+			continue
+		}
+		registry := publish.Registry{Sessions: c.farm.Sessions.Manager(), Session: session, Insecure: i.publication.Insecure}
+		for _, name := range i.publication.Names {
+			step := b.Progress.Step("pushing manifest for " + name)
+			step.Start()
+			err := registry.Push(ctx, name, i.publication.ByDigest, i.Content)
+			step.Done(err)
+			if err != nil {
+				return publish.Partly(err, done)
+			}
+			done = append(done, name)
 		}
 	}
 	return nil
 }
 
-// answer is what the client is told of an image that several legs made.
-func answer(exported *dispatch.Exported, image publish.Content) (*controlapi.SolveResponse, error) {
-	descriptor, err := json.Marshal(image.Descriptor)
-	if err != nil {
-		return nil, err
-	}
+// answer is what the client is told: of several exporters' images, as buildkitd
+// does it, the last one's.
+func answer(exported *dispatch.Exported, images []image) *controlapi.SolveResponse {
 	out := maps.Clone(exported.Response)
-	delete(out, exptypes.ExporterImageConfigDigestKey) // an index has no configuration
-	out[exptypes.ExporterImageDigestKey] = image.Descriptor.Digest.String()
-	out[exptypes.ExporterImageDescriptorKey] = base64.StdEncoding.EncodeToString(descriptor)
-	if exported.Publication.Name != "" {
-		out[exptypes.ExporterImageNameKey] = exported.Publication.Name
+	for _, i := range images {
+		maps.Copy(out, i.response)
 	}
-	return &controlapi.SolveResponse{ExporterResponse: out}, nil
+	return &controlapi.SolveResponse{ExporterResponse: out}
 }

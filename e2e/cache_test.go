@@ -64,3 +64,31 @@ func TestCache_OfOnePlatformInAFolderAndInARegistry(t *testing.T) {
 		})
 	}
 }
+
+// TestCache_OfTwoPlatformsUnderOneName exports the caches of two legs to one reference. Neither destroys the other's:
+// a farm that has nothing yet finds both.
+func TestCache_OfTwoPlatformsUnderOneName(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, fleet()...)
+	dir := r.context(t, map[string]string{
+		"Dockerfile": "FROM scratch\nARG TARGETARCH\nCOPY $TARGETARCH /arch\nCOPY all /all\n",
+		"amd64":      "for amd64", "arm64": "for arm64", "all": "for all",
+	})
+	cache := "type=registry,mode=max,ref=" + r.ref("cache")
+	r.Client.Build(t, "--platform", both, "--push", "-t", r.ref("v1"), "--cache-to", cache, dir)
+	wantList(t, "caches", r.registry.Tags(t, r.repo), "cache", "cache-linux-arm64", "v1")
+
+	elsewhere := newFarmRig(t, fleet()...)
+	result := elsewhere.Client.Build(t, "--platform", both, "--push", "-t", r.ref("v2"), "--cache-from", "type=registry,ref="+r.ref("cache"), dir)
+	copies := regexp.MustCompile(`(?m)^#(\d+) \[.*\] COPY `).FindAllStringSubmatch(result.Output, -1)
+	if len(copies) < 4 {
+		t.Errorf("%d COPY steps of two platforms:\n%s", len(copies), result.Output)
+	}
+	for _, step := range copies {
+		if !regexp.MustCompile(`(?m)^#` + step[1] + ` CACHED`).MatchString(result.Output) {
+			t.Errorf("%s did not come from the cache:\n%s", step[0], result.Output)
+		}
+	}
+	index := r.registry.Index(t, r.repo, "v2")
+	wantList(t, "platforms", index.Platforms(), "linux/amd64", "linux/arm64")
+}

@@ -2,6 +2,9 @@ package dispatch
 
 import (
 	"context"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -11,6 +14,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/trace"
 )
 
 const (
@@ -18,7 +22,7 @@ const (
 	// its solve has ended.
 	statusGrace = 3 * time.Second
 	// timestampHeader carries the worker's clock (BuildKit control/control.go).
-	timestampHeader = "buildkit-timestamp"
+	timestampHeader = "buildkit-current-timestamp"
 )
 
 // Attempt is one try of a leg on one worker: a solve of its own there, with its
@@ -29,6 +33,7 @@ type Attempt struct {
 	control controlapi.ControlClient
 	gateway gwpb.LLBBridgeClient
 	cancel  context.CancelFunc
+	failure func(error) error // the observer's
 
 	solved   chan struct{} // closed when response and err are set
 	response *controlapi.SolveResponse
@@ -40,21 +45,23 @@ type Attempt struct {
 type observer interface {
 	clock(skew time.Duration)
 	progress(*controlapi.StatusResponse)
-	solved(err error) // by itself, that is: not for a solve that was stopped
+	solved(err error)        // by itself, that is: not for a solve that was stopped
+	failure(err error) error // a worker's error, as the client should see it
 }
 
 // startAttempt begins the solve. It runs until it ends by itself, ctx ends, or
-// close is called, which must happen in any case.
+// finish is called, which must happen in any case.
 func startAttempt(ctx context.Context, conn *fleet.Conn, req *controlapi.SolveRequest, to observer) *Attempt {
 	ctx, cancel := context.WithCancel(ctx)
 	a := &Attempt{
 		ref: req.GetRef(), conn: conn, cancel: cancel,
 		control: controlapi.NewControlClient(conn), gateway: gwpb.NewLLBBridgeClient(conn),
-		solved: make(chan struct{}), status: make(chan struct{}),
+		solved: make(chan struct{}), status: make(chan struct{}), failure: to.failure,
 	}
 	go func() {
 		defer close(a.solved)
-		a.response, a.err = a.control.Solve(ctx, req)
+		a.response, a.err = a.control.Solve(outgoing(ctx), req)
+		a.err = to.failure(a.err)
 		if lost := conn.Lost(); a.err != nil && lost != nil {
 			a.err = lost
 		}
@@ -72,7 +79,7 @@ func startAttempt(ctx context.Context, conn *fleet.Conn, req *controlapi.SolveRe
 // follow relays the status stream. Its errors are the solve's too, which tells
 // them better.
 func (a *Attempt) follow(ctx context.Context, to observer) {
-	stream, err := a.control.Status(ctx, &controlapi.StatusRequest{Ref: a.ref})
+	stream, err := a.control.Status(outgoing(ctx), &controlapi.StatusRequest{Ref: a.ref})
 	if err != nil {
 		return
 	}
@@ -114,9 +121,9 @@ func (a *Attempt) wait(ctx context.Context) (*controlapi.SolveResponse, error) {
 	}
 }
 
-// close ends the attempt and frees its slot, after the rest of its status when
-// it has ended by itself.
-func (a *Attempt) close() {
+// finish ends the attempt, after the rest of its status when it has ended by
+// itself. Its connection, and with it the slot, stays.
+func (a *Attempt) finish() {
 	select {
 	case <-a.solved:
 		select {
@@ -127,7 +134,6 @@ func (a *Attempt) close() {
 	default:
 	}
 	a.cancel()
-	_ = a.conn.Close()
 	<-a.solved
 	<-a.status
 }
@@ -144,7 +150,7 @@ func call[Req, Resp any](ctx context.Context, a *Attempt, f func(context.Context
 	answered := make(chan answer, 1)
 	go func() { // ends with the call, which ends with ctx at the latest
 		resp, err := f(ctx, req)
-		answered <- answer{resp, err}
+		answered <- answer{resp, a.failure(err)}
 	}()
 	select {
 	case got := <-answered:
@@ -162,7 +168,19 @@ func call[Req, Resp any](ctx context.Context, a *Attempt, f func(context.Context
 	return got.resp, got.err
 }
 
-// outgoing drops the client's metadata: it names the farm's build, not the leg's.
+// outgoing drops the client's metadata, which names the farm's build, not the
+// leg's; but what the worker traces is part of the client's trace.
 func outgoing(ctx context.Context) context.Context {
-	return metadata.NewOutgoingContext(ctx, nil)
+	md := metadata.MD{}
+	trace.Propagator.Inject(ctx, carrier(md))
+	return metadata.NewOutgoingContext(ctx, md)
 }
+
+// carrier writes the keys that join the spans of both ends of a call.
+type carrier metadata.MD
+
+func (c carrier) Get(key string) string { return strings.Join(metadata.MD(c).Get(key), ",") }
+
+func (c carrier) Set(key, value string) { metadata.MD(c).Set(key, value) }
+
+func (c carrier) Keys() []string { return slices.Collect(maps.Keys(c)) }

@@ -13,10 +13,12 @@ import (
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/solver/pb"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
@@ -30,6 +32,7 @@ type Farm struct {
 	Scheduler *schedule.Scheduler
 	Sessions  *session.Registry
 	Relays    *session.Relays
+	Spool     *export.Spool
 	Metrics   *Metrics
 	Log       *slog.Logger
 }
@@ -39,9 +42,11 @@ type Build struct {
 	// Progress is what the client sees of the build.
 	Progress *progress.Stream
 
-	farm *Farm
-	req  *controlapi.SolveRequest
-	log  *slog.Logger
+	farm   *Farm
+	client *client
+	warned *progress.Warned // by the legs
+	req    *controlapi.SolveRequest
+	log    *slog.Logger
 
 	announced []split.Leg // by the request itself; the frontend's first call may know better
 
@@ -56,10 +61,13 @@ type Build struct {
 	mu         sync.Mutex
 	legs       []*leg
 	exports    *split.ExportPlan
+	merge      *export.Merge   // of what the legs export, nil where nothing is captured; set before the legs
 	ending     sync.WaitGroup  // legs that have finished, and are being let go
+	vacated    []*leg          // legs that have moved away, whose slots are kept for siblings that move
 	refs       map[string]*leg // results and the mounts of errors, by the worker's id
 	containers map[string]*leg
-	extra      []string // sessions that only a frontend call named
+	extra      []string         // sessions that only a frontend call named
+	inputs     []*pb.Definition // of the frontend
 
 	failed   chan error    // a leg's end before the frontend has returned
 	returned chan struct{} // closed when the frontend has returned
@@ -87,7 +95,7 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 
 func (f *Farm) newBuild(ctx context.Context, req *controlapi.SolveRequest) *Build {
 	b := &Build{
-		Progress: progress.NewStream(0), farm: f, req: req, log: f.Log.With("build", req.GetRef()),
+		Progress: progress.NewStream(0), farm: f, client: clientOf(ctx), warned: progress.NewWarned(), req: req, log: f.Log.With("build", req.GetRef()),
 		refs: map[string]*leg{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
 	}
 	// The build outlives its request by the rest of its progress; until it has its
@@ -117,10 +125,14 @@ func (b *Build) End(reason error) {
 	for _, l := range legs {
 		<-l.told
 	}
+	if reason != nil {
+		b.publish(b.warned.Untold())
+	}
 	b.Progress.Close()
 	ended.Wait()
 	b.ending.Wait()
 	b.cancel(errEnded)
+	b.endMerging()
 }
 
 // endAll ends legs together, since one may hold the slot that another runs in.
@@ -160,14 +172,7 @@ func (b *Build) Result(ctx context.Context) (*gwpb.Result, error) {
 // direct does what the client's side of a gateway build does, for requests that
 // leave it to the daemon.
 func (b *Build) direct(ctx context.Context) (*gwpb.Result, error) {
-	req := &gwpb.SolveRequest{
-		Definition: b.req.GetDefinition(), Frontend: b.req.GetFrontend(), FrontendOpt: b.req.GetFrontendAttrs(), FrontendInputs: b.req.GetFrontendInputs(),
-		AllowResultReturn: true, AllowResultArrayRef: true,
-	}
-	for _, im := range b.req.GetCache().GetImports() {
-		req.CacheImports = append(req.CacheImports, &gwpb.CacheOptionsEntry{Type: im.GetType(), Attrs: im.GetAttrs()})
-	}
-	resp, err := b.Solve(ctx, req)
+	resp, err := b.Solve(ctx, split.Direct(b.req))
 	if err != nil {
 		return nil, err
 	}
@@ -182,8 +187,11 @@ func (b *Build) Return(req *gwpb.ReturnRequest) error {
 	}
 	for _, ref := range split.Refs(req.GetResult()) {
 		if _, err := b.owner(ref.GetId()); err != nil {
-			return err
+			return status.Errorf(codes.NotFound, "return reference %s not found", ref.GetId())
 		}
+	}
+	for _, l := range b.running() {
+		b.client.calls(l, 1) // what follows is work again
 	}
 	b.answered.Do(func() {
 		b.result, b.failure = req.GetResult(), req.GetError()
@@ -205,7 +213,10 @@ func (b *Build) owner(ref string) (*leg, error) {
 	if l, ok := b.refs[ref]; ok {
 		return l, nil
 	}
-	return nil, status.Errorf(codes.NotFound, "return reference %s is not of this build", ref)
+	if len(b.legs) == 1 { // its worker knows what it has told the client by other ways, as session exporters are
+		return b.legs[0], nil
+	}
+	return nil, status.Errorf(codes.NotFound, "no such ref: %s", ref)
 }
 
 // remember notes what a leg returned, so that later calls find the leg.
@@ -217,6 +228,7 @@ func (b *Build) remember(l *leg, resp *gwpb.SolveResponse) {
 	}
 	for _, ref := range split.Refs(resp.GetResult()) {
 		b.refs[ref.GetId()] = l
+		b.client.built(l, ref.GetDef())
 	}
 	if refs, ok := resp.GetResult().GetResult().(*gwpb.Result_Refs); ok && len(refs.Refs.GetRefs()) == 1 {
 		for key := range refs.Refs.GetRefs() {

@@ -26,18 +26,13 @@ const both = amd64 + "," + arm64
 func TestFarm_RefusesWhatItsLegsCouldNotMergeBeforeAnythingStarts(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		d := f.worker(t, "a", 1, amd64)
-		tar := func(platforms string) *controlapi.SolveRequest {
-			req := request("b", platforms, "")
-			req.Exporters = []*controlapi.Exporter{{Type: "tar"}}
-			return req
-		}
-		if _, err := f.Begin(t.Context(), tar(both)); status.Code(err) != codes.Unimplemented {
-			t.Errorf("a tar of two platforms: %v", err)
+		if _, err := f.Begin(t.Context(), request("b", both, "Registry/X")); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("an image of a name that is none: %v", err)
 		}
 		if _, err := f.Begin(t.Context(), request("b", "linux/amd64,!", "")); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("a malformed platform: %v", err)
 		}
-		f.begin(t.Context(), t, tar(amd64))
+		f.begin(t.Context(), t, request("b", amd64, "Registry/X")) // its only leg refuses that
 		f.idle(t, d)
 	})
 }
@@ -152,8 +147,9 @@ func TestBuild_APlatformThatIsNativeNowhereIsBuiltAnywhereIfNothingExecutes(t *t
 func TestBuild_ReturnIsCheckedAndEndsTheFrontendOnce(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		f.worker(t, "amd", 1, amd64)
-		b, _ := f.begin(t.Context(), t, request("b", amd64, ""))
-		result := must(b.Solve(t.Context(), frontend(amd64)))(t).GetResult()
+		f.worker(t, "arm", 1, arm64)
+		b, _ := f.begin(t.Context(), t, request("b", both, "")) // of one platform, the worker checks
+		result := must(b.Solve(t.Context(), frontend(both)))(t).GetResult()
 		if err := b.Return(&gwpb.ReturnRequest{}); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("nothing at all: %v", err)
 		}
@@ -220,16 +216,21 @@ func TestBuild_ExportCollectsTheLegsInTheOrderAsked(t *testing.T) {
 		}
 		req := request("b", arm64+","+amd64, "registry.example/x:1,registry.example/y:2")
 		b, end := f.begin(t.Context(), t, req)
-		result := built(t, b)
+		result := must(b.Solve(t.Context(), frontend(arm64+","+amd64)))(t).GetResult()
 		out := must(b.Export(t.Context(), result))(t)
-		if len(out.Legs) != 2 || !strings.Contains(string(out.Legs[0].Blob), `"arm"`) || !strings.Contains(string(out.Legs[1].Blob), `"amd"`) {
-			t.Fatalf("legs %v", out.Legs)
+		if len(out.Images) != 1 {
+			t.Fatalf("images %v", out.Images)
 		}
-		if out.Response["by"] != "arm" || out.Response["only.amd"] != "yes" || out.Plain {
-			t.Errorf("response %v, plain %v", out.Response, out.Plain)
+		image := out.Images[0]
+		if len(image.Legs) != 2 || !strings.Contains(string(image.Legs[0].Blob), `"arm"`) || !strings.Contains(string(image.Legs[1].Blob), `"amd"`) {
+			t.Fatalf("legs %v", image.Legs)
 		}
-		if want := []string{"registry.example/x:1", "registry.example/y:2"}; !slices.Equal(out.Publication.Names, want) {
-			t.Errorf("to be published: %v", out.Publication.Names)
+		if out.Response["by"] != "arm" || out.Response["only.amd"] != "yes" || out.Response[exptypes.ExporterImageDescriptorKey] != "" || image.Plain {
+			t.Errorf("response %v, plain %v", out.Response, image.Plain)
+		}
+		p := must(image.Publication(out.Metadata, "sha256:index"))(t)
+		if want := []string{"registry.example/x:1", "registry.example/y:2"}; !slices.Equal(p.Names, want) {
+			t.Errorf("to be published: %v", p.Names)
 		}
 		for _, d := range []*daemon{amd, arm} {
 			got := d.attempts()[0].result
@@ -340,8 +341,8 @@ func TestBuild_DirectRequestsNeedNoClient(t *testing.T) {
 		req.Frontend = "dockerfile.v0"
 		b, end := f.begin(t.Context(), t, req)
 		out := must(b.Export(t.Context(), must(b.Result(t.Context()))(t)))(t)
-		if len(out.Legs) != 2 {
-			t.Errorf("legs %v", out.Legs)
+		if len(out.Images) != 1 || len(out.Images[0].Legs) != 2 {
+			t.Errorf("images %v", out.Images)
 		}
 		end(nil)
 		f.idle(t, amd, arm)

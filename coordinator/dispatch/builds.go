@@ -16,6 +16,10 @@ const lingering = 10 * time.Second
 
 // Builds are the builds that run, by the reference that the client chose.
 type Builds struct {
+	// Limit is how many builds may run at a time, those that wait for a worker or
+	// for their client included; 0: any number. Set it before the first use.
+	Limit int
+
 	farm *Farm
 
 	mu       sync.Mutex
@@ -23,6 +27,7 @@ type Builds struct {
 	arrival  map[string]*arrival // builds that somebody waits for
 	draining bool
 	running  sync.WaitGroup
+	count    int // of those that have begun and not been ended
 }
 
 // arrival is a build that has not begun yet.
@@ -36,8 +41,9 @@ func NewBuilds(farm *Farm) *Builds {
 	return &Builds{farm: farm, builds: map[string]*Build{}, arrival: map[string]*arrival{}}
 }
 
-// Begin takes a request. It answers Unavailable when draining, and AlreadyExists
-// when a build of that reference runs. End must be called.
+// Begin takes a request. It answers Unavailable when draining, AlreadyExists when a
+// build of that reference runs, and ResourceExhausted when too many run. End must be
+// called.
 func (bs *Builds) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build, error) {
 	if req.GetRef() == "" {
 		return nil, status.Error(codes.InvalidArgument, "starting a build: the request has no Ref")
@@ -63,8 +69,11 @@ func (bs *Builds) admit(b *Build) (err error) {
 		err = status.Error(codes.Unavailable, "starting a build: this coordinator is draining; try again on another, or in a while")
 	case taken && !old.forgotten:
 		err = status.Errorf(codes.AlreadyExists, "starting a build: job ID %s already exists", ref)
+	case bs.Limit > 0 && bs.count >= bs.Limit:
+		err = status.Errorf(codes.ResourceExhausted, "starting a build: %d are running or waiting, as many as this coordinator takes; try again later", bs.count)
 	default:
 		bs.running.Add(1)
+		bs.count++
 		bs.put(b)
 		return nil
 	}
@@ -119,6 +128,9 @@ func (b *Build) discard(reason error) {
 // the rest of its progress is still under way.
 func (bs *Builds) End(b *Build, reason error) {
 	b.detach()
+	bs.mu.Lock()
+	bs.count-- // now: the caller may begin another one as soon as it has its answer
+	bs.mu.Unlock()
 	go func() {
 		defer bs.running.Done()
 		b.End(reason)

@@ -118,6 +118,24 @@ func TestBuilds_TheProgressOfABuildThatWasRefusedEnds(t *testing.T) {
 	})
 }
 
+func TestBuilds_NoMoreRunThanTheLimit(t *testing.T) {
+	bubble(t, func(t *testing.T, f *farm) {
+		f.builds.Limit = 2
+		a := must(f.builds.Begin(t.Context(), request("a", amd64, "")))(t)
+		b := must(f.builds.Begin(t.Context(), request("b", amd64, "")))(t)
+		if _, err := f.builds.Begin(t.Context(), request("c", amd64, "")); status.Code(err) != codes.ResourceExhausted {
+			t.Errorf("a third: %v", err)
+		}
+		if _, err := f.builds.Begin(t.Context(), request("b", amd64, "")); status.Code(err) != codes.AlreadyExists {
+			t.Errorf("one that runs: %v", err)
+		}
+		f.builds.End(a, nil)
+		c := must(f.builds.Begin(t.Context(), request("c", amd64, "")))(t)
+		f.builds.End(b, nil)
+		f.builds.End(c, nil)
+	})
+}
+
 func TestBuilds_DrainTakesNothingNewAndWaitsForWhatRuns(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		f.worker(t, "amd", 1, amd64)

@@ -92,7 +92,11 @@ func (x *execRelay) worker(l *leg) (gwpb.LLBBridge_ExecProcessClient, error) {
 		return nil, err
 	}
 	x.workers[l] = stream
-	x.group.Go(func() error { return x.answers(l, stream) })
+	done := l.busy()
+	x.group.Go(func() error {
+		defer done()
+		return x.answers(l, stream)
+	})
 	return stream, nil
 }
 

@@ -2,10 +2,15 @@ package dispatch
 
 import (
 	"context"
+	"errors"
+	"maps"
 	"slices"
 
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/solver/errdefs"
+	"github.com/moby/buildkit/util/grpcerrors"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -20,17 +25,12 @@ func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveR
 	if err != nil {
 		return nil, err
 	}
-	b.mu.Lock()
-	for _, id := range localSessions(req.GetFrontendOpt()) {
-		if !slices.Contains(b.extra, id) {
-			b.extra = append(b.extra, id)
-		}
-	}
-	b.mu.Unlock()
+	b.note(req)
 	legs, err := b.legsOf(ctx, wanted, split.Question(req.GetFrontendOpt()))
 	if err != nil {
 		return nil, err
 	}
+	defer b.movesDone()
 	if len(legs) == 1 {
 		return b.solveOn(ctx, legs[0], req)
 	}
@@ -38,11 +38,13 @@ func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveR
 	group, groupCtx := errgroup.WithContext(ctx)
 	for i, l := range legs {
 		group.Go(func() error {
-			own := cloneSolve(req)
-			own.FrontendOpt = l.FrontendOpt(req.GetFrontendOpt())
+			own, err := l.FrontendRequest(req)
+			if err != nil {
+				return err
+			}
 			own.AllowResultReturn, own.AllowResultArrayRef = true, true
-			resp, err := l.solve(groupCtx, own)
-			results[i] = resp.GetResult()
+			at, resp, err := b.solveNative(groupCtx, l, own)
+			legs[i], results[i] = at, resp.GetResult()
 			return err
 		})
 	}
@@ -60,14 +62,32 @@ func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveR
 	return &gwpb.SolveResponse{Result: merged}, nil
 }
 
+// note keeps what a frontend request says of where the build's legs belong, and
+// what they need there.
+func (b *Build) note(req *gwpb.SolveRequest) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, id := range localSessions(req.GetFrontendOpt()) {
+		if !slices.Contains(b.extra, id) {
+			b.extra = append(b.extra, id)
+		}
+	}
+	if len(b.legs) == 0 {
+		b.inputs = slices.Collect(maps.Values(req.GetFrontendInputs()))
+	}
+}
+
 // solveOn runs a request on one leg. When the build has others, the request's
 // platforms are narrowed to the leg's.
 func (b *Build) solveOn(ctx context.Context, l *leg, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
 	if listed := req.GetFrontendOpt()["platform"]; listed != "" && len(b.running()) > 1 {
-		req = cloneSolve(req)
-		req.FrontendOpt = l.FrontendOpt(req.GetFrontendOpt())
+		own, err := l.FrontendRequest(req)
+		if err != nil {
+			return nil, err
+		}
+		req = own
 	}
-	resp, err := l.solve(ctx, req)
+	_, resp, err := b.solveNative(ctx, l, req)
 	if err == nil && !req.GetAllowResultArrayRef() {
 		withoutDefinitions(resp.GetResult())
 	}
@@ -85,6 +105,32 @@ func withoutDefinitions(result *gwpb.Result) {
 			ids[key] = ref.GetId()
 		}
 		result.Result = &gwpb.Result_RefsDeprecated{RefsDeprecated: &gwpb.RefMapDeprecated{Refs: ids}}
+	}
+}
+
+// ask runs one of the build's gateway calls on a leg's worker. What the worker keeps
+// of a step that failed, for containers to look into, it names in the error.
+func ask[Req, Resp any](ctx context.Context, l *leg, f func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req) (Resp, error) {
+	defer l.busy()()
+	resp, err := call(ctx, l.attempt, f, req)
+	if err != nil {
+		l.build.rememberFailure(l, err)
+	}
+	return resp, err
+}
+
+// rememberFailure notes whose the inputs and mounts of a failed step are.
+func (b *Build) rememberFailure(l *leg, err error) {
+	var failed *errdefs.SolveError
+	if !errors.As(grpcerrors.FromGRPC(err), &failed) {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, id := range slices.Concat(failed.InputIDs, failed.MountIDs) {
+		if id != "" {
+			b.refs[id] = l
+		}
 	}
 }
 
@@ -111,6 +157,9 @@ func (b *Build) any(ctx context.Context, platform *split.Leg) (*leg, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, l := range legs[1:] {
+		l.uncalled()
+	}
 	return legs[0], nil
 }
 
@@ -120,7 +169,7 @@ func (b *Build) ResolveImageConfig(ctx context.Context, req *gwpb.ResolveImageCo
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ResolveImageConfig, req)
+	return ask(ctx, l, l.attempt.gateway.ResolveImageConfig, req)
 }
 
 // ResolveSourceMeta asks the worker of the platform in question.
@@ -129,7 +178,7 @@ func (b *Build) ResolveSourceMeta(ctx context.Context, req *gwpb.ResolveSourceMe
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ResolveSourceMeta, req)
+	return ask(ctx, l, l.attempt.gateway.ResolveSourceMeta, req)
 }
 
 // ReadFile reads from a result, on the worker that has it.
@@ -138,7 +187,7 @@ func (b *Build) ReadFile(ctx context.Context, req *gwpb.ReadFileRequest) (*gwpb.
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ReadFile, req)
+	return ask(ctx, l, l.attempt.gateway.ReadFile, req)
 }
 
 // ReadDir lists a directory of a result.
@@ -147,7 +196,7 @@ func (b *Build) ReadDir(ctx context.Context, req *gwpb.ReadDirRequest) (*gwpb.Re
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ReadDir, req)
+	return ask(ctx, l, l.attempt.gateway.ReadDir, req)
 }
 
 // StatFile describes a file of a result.
@@ -156,7 +205,7 @@ func (b *Build) StatFile(ctx context.Context, req *gwpb.StatFileRequest) (*gwpb.
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.StatFile, req)
+	return ask(ctx, l, l.attempt.gateway.StatFile, req)
 }
 
 // Evaluate makes a result's steps run now.
@@ -165,7 +214,7 @@ func (b *Build) Evaluate(ctx context.Context, req *gwpb.EvaluateRequest) (*gwpb.
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.Evaluate, req)
+	return ask(ctx, l, l.attempt.gateway.Evaluate, req)
 }
 
 // Inputs returns the definitions that the client gave its frontend.
@@ -179,7 +228,7 @@ func (b *Build) Warn(ctx context.Context, req *gwpb.WarnRequest) (*gwpb.WarnResp
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.Warn, req)
+	return ask(ctx, l, l.attempt.gateway.Warn, req)
 }
 
 // NewContainer starts a container on the worker that has the results it mounts.
@@ -191,7 +240,7 @@ func (b *Build) NewContainer(ctx context.Context, req *gwpb.NewContainerRequest)
 	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !schedule.Runs(l.worker.Platforms, p.Platform) {
 		return nil, l.refusal(split.Exec{Name: "container " + req.GetContainerID(), Platform: &p.Platform})
 	}
-	resp, err := call(ctx, l.attempt, l.attempt.gateway.NewContainer, req)
+	resp, err := ask(ctx, l, l.attempt.gateway.NewContainer, req)
 	if err != nil {
 		return nil, err
 	}
@@ -218,7 +267,7 @@ func (b *Build) container(id string) (*leg, error) {
 	if l, ok := b.containers[id]; ok {
 		return l, nil
 	}
-	return nil, status.Errorf(codes.NotFound, "container %s is not of this build", id)
+	return nil, status.Errorf(codes.NotFound, "container details for %s not found", id)
 }
 
 // ReleaseContainer ends a container.
@@ -227,7 +276,7 @@ func (b *Build) ReleaseContainer(ctx context.Context, req *gwpb.ReleaseContainer
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ReleaseContainer, req)
+	return ask(ctx, l, l.attempt.gateway.ReleaseContainer, req)
 }
 
 // ReadFileContainer reads a file of a running container.
@@ -236,7 +285,7 @@ func (b *Build) ReadFileContainer(ctx context.Context, req *gwpb.ReadFileRequest
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ReadFileContainer, req)
+	return ask(ctx, l, l.attempt.gateway.ReadFileContainer, req)
 }
 
 // ReadDirContainer lists a directory of a running container.
@@ -245,7 +294,7 @@ func (b *Build) ReadDirContainer(ctx context.Context, req *gwpb.ReadDirRequest) 
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.ReadDirContainer, req)
+	return ask(ctx, l, l.attempt.gateway.ReadDirContainer, req)
 }
 
 // StatFileContainer describes a file of a running container.
@@ -254,5 +303,5 @@ func (b *Build) StatFileContainer(ctx context.Context, req *gwpb.StatFileRequest
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, l.attempt, l.attempt.gateway.StatFileContainer, req)
+	return ask(ctx, l, l.attempt.gateway.StatFileContainer, req)
 }

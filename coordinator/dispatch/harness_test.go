@@ -109,6 +109,8 @@ type daemon struct {
 	Early    func(ctx context.Context) error
 	Exec     func(gwpb.LLBBridge_ExecProcessServer) error
 	Progress []*controlapi.StatusResponse
+	// Forgetful daemons keep no build history.
+	Forgetful bool
 
 	mu     sync.Mutex
 	jobs   map[string]*job

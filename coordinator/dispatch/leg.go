@@ -2,30 +2,32 @@ package dispatch
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
 	controlapi "github.com/moby/buildkit/api/services/control"
-	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
+	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
 	"github.com/archfarm/archfarm/coordinator/split"
-	"github.com/archfarm/archfarm/manifest"
 )
 
 // leg is a Leg while it runs.
@@ -33,7 +35,9 @@ type leg struct {
 	split.Leg
 	build  *Build
 	ticket *schedule.Ticket
+	demand schedule.Demand
 	index  int    // in the order asked
+	seat   int    // in the ticket
 	key    string // of its platform in results
 	log    *progress.Leg
 
@@ -46,45 +50,93 @@ type leg struct {
 	host     *leg           // in whose slot it runs, if in none of its own
 	guests   sync.WaitGroup // the legs that run in this one's slot
 
+	exporters []*controlapi.Exporter // as its worker is told
+
+	session string // an alias of the client's, of the leg's own; empty where nothing that it exports is captured
+	forget  func() // the alias
+
 	worker   *fleet.Worker
 	attempt  *Attempt
 	releases map[string]func() // session relays, by the session; guarded by build.mu
 	over     bool              // nothing is relayed any more; likewise
-	ended    sync.Once
+	called   sync.Once         // its first call has come, or is known not to
+	ending   atomic.Bool
+	ended    chan struct{} // closed when it holds nothing any more
 }
 
 // start finds a worker and begins the attempt there. It blocks for as long as
 // the leg is queued.
-func (l *leg) start(ctx context.Context, exporters []*controlapi.Exporter) error {
+func (l *leg) start(ctx context.Context) error {
+	l.alias()
 	conn, err := l.place(ctx)
 	if err != nil {
 		return err
 	}
-	req := l.Solve(l.build.req, identity.NewID(), exporters, l.split)
-	l.attempt = startAttempt(l.build.ctx, conn, req, l)
-	l.build.farm.Metrics.attempt(l.label(), l.worker.Name)
+	l.begin(conn)
 	return nil
 }
 
+// alias gives the leg a session of its own where what it exports is captured.
+func (l *leg) alias() {
+	if merge := l.build.merge; merge != nil {
+		l.session, l.forget = l.build.farm.Relays.Alias(l.build.req.GetSession(), export.Methods, merge.Leg(l.index).Intercept)
+	}
+}
+
+// begin starts the leg's attempt.
+func (l *leg) begin(conn *fleet.Conn) {
+	req := l.Solve(l.build.req, identity.NewID(), l.exporters, l.split)
+	if l.split {
+		req.Cache = l.Cache(req.GetCache(), l.index == 0)
+	}
+	if l.session != "" {
+		req.Session = l.session
+	}
+	l.attempt = startAttempt(l.build.ctx, conn, req, l)
+	l.build.client.enter(l)
+	l.build.farm.Metrics.attempt(l.label(), l.worker.Name)
+}
+
 // end frees everything the leg holds; reason, if any, is why what it was doing
-// did not finish.
+// did not finish. The slot is free once its guests have ended, too.
 func (l *leg) end(reason error) {
-	l.ended.Do(func() {
-		l.guests.Wait() // the slot is theirs too
-		if l.attempt != nil {
-			l.attempt.close()
-		}
-		if reason != nil {
-			l.build.publish(l.log.Fail(time.Now(), l.why(reason)))
-		}
-		close(l.told)
-		l.build.mu.Lock()
-		l.over = true
-		l.build.mu.Unlock()
-		l.ticket.Release(l.index) // before the sessions, which wait for the worker
-		l.release()
-		l.part()
-	})
+	if l.ending.Swap(true) {
+		<-l.ended
+		return
+	}
+	defer close(l.ended)
+	l.build.client.leave(l)
+	if l.attempt != nil {
+		l.attempt.finish()
+	}
+	if reason != nil {
+		l.build.publish(l.log.Fail(time.Now(), l.why(reason)))
+	}
+	close(l.told)
+	l.guests.Wait()
+	if l.attempt != nil {
+		_ = l.attempt.conn.Close()
+	}
+	l.build.mu.Lock()
+	l.over = true
+	l.build.mu.Unlock()
+	if l.ticket != nil {
+		l.ticket.Release(l.seat) // before the sessions, which wait for the worker
+	}
+	l.release()
+	if l.forget != nil {
+		l.forget()
+	}
+	l.part()
+}
+
+// sessions lists the sessions that the leg's worker must know.
+func (l *leg) sessions() []string {
+	ids := l.build.sessions()
+	if l.session != "" {
+		ids = append(ids, l.session)
+	}
+	return ids
 }
 
 // why is the reason as the leg's own steps show it: that of another leg has only
@@ -113,6 +165,7 @@ func (l *leg) label() string {
 // when it would execute what the worker does not run natively. Nothing has
 // executed by then: BuildKit's solve is lazy, and evaluation is asked for afterwards.
 func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
+	defer l.busy()()
 	evaluate := req.GetEvaluate()
 	if evaluate || !req.GetAllowResultArrayRef() {
 		req = cloneSolve(req)
@@ -123,22 +176,20 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 			return nil, l.failed(err, l.worker.Name)
 		}
 	}
-	resp, err := call(ctx, l.attempt, l.attempt.gateway.Solve, req)
+	resp, err := ask(ctx, l, l.attempt.gateway.Solve, req)
 	if err != nil {
 		return nil, l.failed(err, l.worker.Name)
 	}
 	refs := split.Refs(resp.GetResult())
-	for _, ref := range refs {
-		if err := l.mayExecute(ref.GetDef()); err != nil {
-			return nil, err
-		}
+	if err := l.mayExecute(refs); err != nil {
+		return nil, err
 	}
 	l.build.remember(l, resp)
 	if !evaluate {
 		return resp, nil
 	}
 	for _, ref := range refs {
-		if _, err := call(ctx, l.attempt, l.attempt.gateway.Evaluate, &gwpb.EvaluateRequest{Ref: ref.GetId()}); err != nil {
+		if _, err := ask(ctx, l, l.attempt.gateway.Evaluate, &gwpb.EvaluateRequest{Ref: ref.GetId()}); err != nil {
 			return nil, l.failed(err, l.worker.Name)
 		}
 	}
@@ -156,8 +207,9 @@ func (l *leg) failed(err error, worker string) error {
 }
 
 // result asks the worker to finish with the leg's part of the build's result,
-// and collects what its exporter wrote.
-func (l *leg) result(ctx context.Context, part *gwpb.Result, image bool) (exported, error) {
+// and collects what its exporters wrote.
+func (l *leg) result(ctx context.Context, part *gwpb.Result, plan *split.ExportPlan) (exported, error) {
+	l.busy() // to its end
 	if _, err := call(ctx, l.attempt, l.attempt.gateway.Return, &gwpb.ReturnRequest{Result: part}); err != nil {
 		return exported{}, l.failed(err, l.worker.Name)
 	}
@@ -166,10 +218,7 @@ func (l *leg) result(ctx context.Context, part *gwpb.Result, image bool) (export
 		return exported{}, l.failed(err, l.worker.Name)
 	}
 	out := exported{response: resp.GetExporterResponse()}
-	if !image {
-		return out, nil
-	}
-	out.leg, err = l.descriptor(ctx, resp.GetExporterResponse())
+	out.images, err = l.images(ctx, out.response, plan)
 	if lost := l.attempt.conn.Lost(); err != nil && lost != nil {
 		err = l.failed(lost, l.worker.Name)
 	}
@@ -179,34 +228,88 @@ func (l *leg) result(ctx context.Context, part *gwpb.Result, image bool) (export
 // exported is what one leg's exporters left behind.
 type exported struct {
 	response map[string]string
-	leg      manifest.Leg
+	images   map[int]export.Written // of the image exporters that push or are described
 }
 
-// descriptor reads the leg's index from the worker that wrote it: at once,
-// since the worker may be gone by the time the others have finished.
-func (l *leg) descriptor(ctx context.Context, response map[string]string) (manifest.Leg, error) {
-	raw, err := base64.StdEncoding.DecodeString(response[exptypes.ExporterImageDescriptorKey])
-	if err != nil {
-		return manifest.Leg{}, fmt.Errorf("%s: reading the descriptor that worker %s exported: %w", l, l.worker.Name, err)
+// images reads the leg's indexes from the worker that wrote them: at once,
+// since the worker may be gone by the time the others have finished. Its answer
+// describes one exporter's image; the others' are in its record of the build.
+func (l *leg) images(ctx context.Context, response map[string]string, plan *split.ExportPlan) (map[int]export.Written, error) {
+	images := map[int]export.Written{}
+	var recorded map[int64]*controlapi.Descriptor
+	for _, e := range plan.Exports() {
+		if e.Kind != split.KindImage {
+			continue
+		}
+		var desc ocispecs.Descriptor
+		var err error
+		switch {
+		case e.Exporter == plan.Describing():
+			desc, err = export.Descriptor(response)
+		case !e.Pushes(): // the next one's description takes its place
+			continue
+		default:
+			if recorded == nil {
+				if recorded, err = l.recorded(ctx); err != nil {
+					return nil, err
+				}
+			}
+			desc, err = l.described(recorded[int64(e.Exporter)])
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: what worker %s exported: %w", l, l.worker.Name, err)
+		}
+		blob, err := content.ReadBlob(ctx, proxy.NewContentStore(contentapi.NewContentClient(l.attempt.conn)), desc)
+		if err != nil {
+			return nil, fmt.Errorf("%s: reading %s from worker %s: %w", l, desc.Digest, l.worker.Name, err)
+		}
+		images[e.Exporter] = export.Written{Descriptor: desc, Blob: blob, Response: response}
 	}
-	var desc ocispecs.Descriptor
-	if err := json.Unmarshal(raw, &desc); err != nil {
-		return manifest.Leg{}, fmt.Errorf("%s: reading the descriptor that worker %s exported: %w", l, l.worker.Name, err)
-	}
-	if desc.Size <= 0 || desc.Size > manifest.MaxBlob {
-		return manifest.Leg{}, fmt.Errorf("%s: the index that worker %s exported has %d bytes, at most %d are possible", l, l.worker.Name, desc.Size, manifest.MaxBlob)
-	}
-	blob, err := content.ReadBlob(ctx, proxy.NewContentStore(contentapi.NewContentClient(l.attempt.conn)), desc)
-	if err != nil {
-		return manifest.Leg{}, fmt.Errorf("%s: reading %s from worker %s: %w", l, desc.Digest, l.worker.Name, err)
-	}
-	return manifest.Leg{Platform: l.Platform, Descriptor: desc, Blob: blob}, nil
+	return images, nil
 }
 
-// clock, progress and solved implement observer.
+// recorded lists, by exporter, the images in the worker's record of the attempt.
+func (l *leg) recorded(ctx context.Context) (map[int64]*controlapi.Descriptor, error) {
+	stream, err := l.attempt.control.ListenBuildHistory(ctx, &controlapi.BuildHistoryRequest{Ref: l.attempt.ref, EarlyExit: true})
+	if err != nil {
+		return nil, err
+	}
+	for {
+		event, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil, status.Errorf(codes.FailedPrecondition, "%s: worker %s keeps no build history, by which several image exporters are told apart: allow it at least a few entries ([history] in its buildkitd.toml), or export one image", l, l.worker.Name)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if results := event.GetRecord().GetResult().GetResults(); event.GetRecord().GetRef() == l.attempt.ref && results != nil {
+			return results, nil
+		}
+	}
+}
+
+// described reads a descriptor of a record.
+func (l *leg) described(d *controlapi.Descriptor) (ocispecs.Descriptor, error) {
+	desc := ocispecs.Descriptor{MediaType: d.GetMediaType(), Digest: digest.Digest(d.GetDigest()), Size: d.GetSize(), Annotations: d.GetAnnotations()}
+	return desc, export.CheckDescriptor(desc)
+}
+
+// clock, progress, failure and solved implement observer.
 func (l *leg) clock(skew time.Duration) { l.log.SetSkew(skew) }
 
-func (l *leg) progress(s *controlapi.StatusResponse) { l.build.publish(l.log.Translate(s)) }
+func (l *leg) progress(s *controlapi.StatusResponse) {
+	if l.split {
+		s = withoutVerdicts(s)
+	}
+	l.build.publish(l.log.Translate(s))
+}
+
+func (l *leg) failure(err error) error {
+	if !l.split {
+		return err
+	}
+	return withVertex(err, l.log.Translated)
+}
 
 // solved tells the build of a leg that failed by itself.
 func (l *leg) solved(err error) {

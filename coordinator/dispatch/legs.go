@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"strings"
 
 	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -42,6 +44,11 @@ func (b *Build) legsOf(ctx context.Context, wanted []split.Leg, question bool) (
 			out = append(out, legs[i])
 		}
 	}
+	for _, l := range legs {
+		if !slices.Contains(out, l) {
+			l.uncalled()
+		}
+	}
 	return out, nil
 }
 
@@ -62,6 +69,7 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 			return err
 		}
 	}
+	b.prepareMerging(exports)
 	b.warnOfCaches(all)
 	legs, err := b.place(ctx, all, exporters, exports)
 	if err != nil {
@@ -73,11 +81,11 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 	return nil
 }
 
-// warnOfCaches says what this version does to a cache that several legs export.
+// warnOfCaches says which caches cannot hold what several legs export.
 func (b *Build) warnOfCaches(legs []split.Leg) {
 	for _, e := range b.req.GetCache().GetExports() {
-		if len(legs) > 1 && e.GetType() != "inline" {
-			step := b.Progress.Step(fmt.Sprintf("warning: the %s cache is written by each platform in turn, the last one stays", e.GetType()))
+		if len(legs) > 1 && e.GetType() == "local" {
+			step := b.Progress.Step(fmt.Sprintf("warning: a local cache holds one platform, it gets that of %s", legs[0]))
 			step.Start()
 			step.Done(nil)
 		}
@@ -95,11 +103,11 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 		group, groupCtx := errgroup.WithContext(b.ctx)
 		stop := context.AfterFunc(ctx, func() { b.cancel(context.Cause(ctx)) }) // the call that waits for the legs was given up
 		for _, l := range legs {
-			own := exporters
+			l.exporters = exporters
 			if exports != nil {
-				own = exports.Leg(l.Leg)
+				l.exporters = exports.Leg(l.Leg)
 			}
-			group.Go(func() error { return l.start(groupCtx, own) })
+			group.Go(func() error { return l.start(groupCtx) })
 		}
 		err = group.Wait()
 		stop()
@@ -109,7 +117,7 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 		endAll(legs, err).Wait()
 		ticket.Close()
 		var none *build.NoWorkerError
-		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return !l.guest && b.foreign(l.Leg) }) {
+		if !errors.As(err, &none) || !slices.ContainsFunc(legs, func(l *leg) bool { return l.demand.On != "" || !l.guest && b.foreign(l.Leg) }) {
 			return nil, err
 		}
 	}
@@ -119,14 +127,15 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	key := b.warmthKey()
 	var legs []*leg
+	inputs, workers := b.frontendInputs(), b.farm.Scheduler.Snapshot()
 	var demands []schedule.Demand
 	for i, s := range all {
 		demand, guest := b.demand(s, key)
+		demand.On = b.client.home(inputs, demand.Platform, workers)
 		demands = append(demands, demand)
-		legs = append(legs, &leg{
-			Leg: s, build: b, index: i, key: s.String(), guest: guest, split: len(all) > 1,
-			told: make(chan struct{}), placed: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), len(all) > 1),
-		})
+		l := b.newLeg(s, i, len(all) > 1)
+		l.guest, l.demand = guest, demand
+		legs = append(legs, l)
 	}
 	ticket, err := b.farm.Scheduler.Enqueue(demands)
 	if err != nil {
@@ -135,7 +144,17 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	for _, l := range legs {
 		l.ticket, l.siblings = ticket, legs
 	}
+	b.client.expect(legs...)
 	return legs, ticket, nil
+}
+
+func (b *Build) newLeg(s split.Leg, index int, several bool) *leg {
+	l := &leg{
+		Leg: s, build: b, index: index, seat: index, key: s.String(), split: several,
+		told: make(chan struct{}), placed: make(chan struct{}), ended: make(chan struct{}), round: make(chan struct{}), log: progress.NewLeg(s.String(), several),
+	}
+	l.log.Together(b.warned, index == 0)
+	return l
 }
 
 // foreign tells whether the farm, which has workers, runs a platform nowhere natively.
@@ -158,6 +177,13 @@ func (b *Build) demand(l split.Leg, key string) (d schedule.Demand, guest bool) 
 		return schedule.Demand{Platform: usual, Key: key + l.String()}, true
 	}
 	return schedule.Demand{Platform: l.Platform, Anywhere: true, Key: key}, true
+}
+
+// frontendInputs are the definitions that the build's frontend was given.
+func (b *Build) frontendInputs() []*pb.Definition {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Concat(slices.Collect(maps.Values(b.req.GetFrontendInputs())), b.inputs)
 }
 
 // warmthKey identifies the project: the client's context, Dockerfile and target.

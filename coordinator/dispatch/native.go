@@ -2,7 +2,7 @@ package dispatch
 
 import (
 	"github.com/containerd/platforms"
-	"github.com/moby/buildkit/solver/pb"
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -12,19 +12,33 @@ import (
 	"github.com/archfarm/archfarm/coordinator/split"
 )
 
-// mayExecute refuses a definition that would execute, on this leg's worker, what
-// the worker does not run natively: BuildKit would emulate it, or fail oddly.
-func (l *leg) mayExecute(def *pb.Definition) error {
-	execs, err := split.Execs(def)
-	if err != nil {
-		return err
+// mayExecute refuses definitions that would execute, on this leg's worker, what
+// the worker does not run natively: BuildKit would emulate it, or fail oddly. When
+// other workers run it, the error is a misplacedError.
+func (l *leg) mayExecute(refs []*gwpb.Ref) error {
+	var foreign []split.Exec
+	for _, ref := range refs {
+		execs, err := split.Execs(ref.GetDef())
+		if err != nil {
+			return err
+		}
+		for _, e := range execs {
+			if e.Platform != nil && !schedule.Runs(l.worker.Platforms, *e.Platform) {
+				foreign = append(foreign, e)
+			}
+		}
 	}
-	for _, e := range execs {
-		if e.Platform != nil && !schedule.Runs(l.worker.Platforms, *e.Platform) {
+	if len(foreign) == 0 {
+		return nil
+	}
+	for _, e := range foreign {
+		if !l.build.farm.Scheduler.Native(*e.Platform) {
 			return l.refusal(e)
 		}
 	}
-	return nil
+	// What executes on the leg's own platform here may be what may run anywhere
+	// ($BUILDPLATFORM), so that all of it is native there.
+	return &misplacedError{platform: *foreign[0].Platform, refusal: l.refusal(foreign[0])}
 }
 
 // refusal says why a step cannot execute where its leg is.
@@ -34,7 +48,7 @@ func (l *leg) refusal(e split.Exec) error {
 	step := progress.StepName(platform, e.Name)
 	if farm.Scheduler.Native(*e.Platform) {
 		return status.Errorf(codes.FailedPrecondition,
-			"%q executes on %s, but its leg %s is on worker %s, which runs %s natively: this version of archfarm does not move legs; write FROM --platform=$BUILDPLATFORM for a stage that may run anywhere",
+			"%q executes on %s, but its leg %s has steps for worker %s, which runs %s natively: one leg runs on one worker; write FROM --platform=$BUILDPLATFORM for a stage that may run anywhere",
 			step, platform, l, l.worker.Name, platforms.FormatAll(l.worker.Platforms[0]))
 	}
 	return &build.NoWorkerError{Platform: platform, Step: step, Fleet: schedule.Fleet(farm.Scheduler.Snapshot())}

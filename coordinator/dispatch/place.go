@@ -3,6 +3,9 @@ package dispatch
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
@@ -23,7 +26,7 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 	wait := &placing{leg: l}
 	var last error
 	for range maxPlacements {
-		assigned, err := l.ticket.Wait(ctx, l.index, wait.queued)
+		assigned, err := l.await(ctx, wait)
 		if err != nil {
 			wait.failed(err)
 			return nil, err
@@ -37,6 +40,7 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 			close(l.placed)
 			return conn, nil
 		}
+		wait.tried = append(wait.tried, l.host)
 		l.part()
 		if ctx.Err() != nil {
 			wait.failed(err)
@@ -58,10 +62,51 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 	return nil, err
 }
 
+// await waits for a slot: one for the leg or its siblings, or one that another
+// build of the client lends, whose leg hosts this one then.
+func (l *leg) await(ctx context.Context, wait *placing) (schedule.Assignment, error) {
+	waiting, stop := context.WithCancel(ctx)
+	defer stop()
+	lent := make(chan *leg, 1)
+	look := sync.OnceFunc(func() { // only when there is no slot at once
+		go func() { // ends when the wait does
+			lent <- l.build.client.lender(waiting, l, func(host *leg) bool { return l.mayJoin(host) && !slices.Contains(wait.tried, host) })
+			stop()
+		}()
+	})
+	since := time.Now()
+	assigned, err := l.ticket.Wait(waiting, l.seat, func(at schedule.Position) {
+		look()
+		wait.queued(at)
+	})
+	if wait.queue == nil { // it has not waited
+		return assigned, err
+	}
+	look()
+	stop()
+	l.host = <-lent
+	if err == nil || ctx.Err() != nil {
+		l.part()
+	}
+	if l.host == nil {
+		return assigned, err
+	}
+	return schedule.Assignment{
+		Worker: l.host.worker.Name, Waited: time.Since(since),
+		Why: "shares the slot of another build of this client, which waits for the client",
+	}, nil
+}
+
+// mayJoin tells whether the leg could run in another build's slot.
+func (l *leg) mayJoin(host *leg) bool {
+	return host.build != l.build && host.attempt.conn.Lost() == nil && (l.demand.Anywhere || schedule.Runs(host.worker.Platforms, l.demand.Platform)) &&
+		(l.demand.On == "" || l.demand.On == host.worker.Name)
+}
+
 // refused gives the leg's slot back, and with it those of the siblings that were
 // to run in it: they look again where they stand.
 func (l *leg) refused() {
-	l.ticket.Refused(l.index)
+	l.ticket.Refused(l.seat)
 	l.build.mu.Lock()
 	defer l.build.mu.Unlock()
 	close(l.round)
@@ -96,13 +141,14 @@ func (l *leg) join(ctx context.Context, assigned schedule.Assignment, queued fun
 
 // holds tells whether the leg still has that assignment.
 func (l *leg) holds(ctx context.Context, assigned schedule.Assignment, queued func(schedule.Position)) bool {
-	now, err := l.ticket.Wait(ctx, l.index, queued)
+	now, err := l.ticket.Wait(ctx, l.seat, queued)
 	return err == nil && now == assigned
 }
 
 // part lets go of the sibling's slot.
 func (l *leg) part() {
 	if l.host != nil {
+		l.build.client.forgo(l)
 		l.host.guests.Done()
 		l.host = nil
 	}
@@ -125,7 +171,7 @@ func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
 		conn, err = open(groupCtx)
 		return err
 	})
-	for _, id := range l.build.sessions() {
+	for _, id := range l.sessions() {
 		group.Go(func() error { return l.expose(groupCtx, id) })
 	}
 	if err := group.Wait(); err != nil {

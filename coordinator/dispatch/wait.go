@@ -12,6 +12,7 @@ import (
 type placing struct {
 	leg   *leg
 	queue *progress.Step // nil as long as the leg has not waited
+	tried []*leg         // that would have lent their slots, in vain
 }
 
 func (p *placing) step(name string) *progress.Step {
@@ -29,12 +30,15 @@ func (p *placing) queued(at schedule.Position) {
 	p.leg.build.log.Info("leg queued", "platform", p.leg.String(), "position", at.Ahead+1, "reason", at.Reason)
 }
 
-// assigned tells which worker, and why that one.
+// assigned tells which worker, and why that one. A build of one leg that did not
+// have to wait shows nothing that a buildkitd would not.
 func (p *placing) assigned(a schedule.Assignment) {
 	if p.queue != nil {
 		p.queue.Done(nil)
 	}
-	p.step(fmt.Sprintf("assigned to worker %s (%s)", a.Worker, a.Why)).Done(nil)
+	if p.queue != nil || p.leg.split {
+		p.step(fmt.Sprintf("assigned to worker %s (%s)", a.Worker, a.Why)).Done(nil)
+	}
 	p.leg.build.log.Info("leg assigned", "platform", p.leg.String(), "worker", a.Worker, "why", a.Why, "waited", a.Waited)
 	p.leg.build.farm.Metrics.waited(p.leg.label(), a.Waited)
 }

@@ -34,6 +34,7 @@ type Leg struct {
 	open   map[string]openVertex // by translated digest
 
 	warned   *Warned               // nil: there are no others
+	second   bool                  // not the first of them
 	warnings map[digest.Digest]int // of this leg, by content
 }
 

@@ -17,8 +17,11 @@ const maxWarned = 1 << 12
 // several platforms warns once of what is wrong with all of them; when each leg has
 // its own frontend, they all do.
 type Warned struct {
-	mu   sync.Mutex
-	most map[digest.Digest]int // by content: how often one leg has
+	mu     sync.Mutex
+	most   map[digest.Digest]int // by content: how often one leg has
+	first  bool                  // the first leg has told what is wrong with the source
+	holder *Leg                  // whose warnings of the source are held
+	held   []*controlapi.VertexWarning
 }
 
 // NewWarned returns an empty set.
@@ -37,16 +40,58 @@ func (w *Warned) fresh(content digest.Digest, n int) bool {
 	return true
 }
 
-// Together makes the leg leave out what others of the same build have warned of
-// already. Call it before the first Translate.
-func (l *Leg) Together(with *Warned) { l.warned, l.warnings = with, map[digest.Digest]int{} }
+// told notes that the first leg has told what is wrong with the source.
+func (w *Warned) told() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.first = true
+}
 
-// fresh returns the warnings that no other leg has told. l.mu is held.
+// hold keeps a leg's warning of the source, in case the first leg does not come to
+// tell its own. Those of one leg are enough.
+func (w *Warned) hold(l *Leg, warning *controlapi.VertexWarning) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.holder == nil {
+		w.holder = l
+	}
+	if w.holder == l && len(w.held) < maxWarned {
+		w.held = append(w.held, warning)
+	}
+}
+
+// Untold returns, for a build that failed, what is wrong with the source where the
+// first leg was stopped before it could tell; nil otherwise.
+func (w *Warned) Untold() *controlapi.StatusResponse {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.first || len(w.held) == 0 {
+		return nil
+	}
+	return &controlapi.StatusResponse{Warnings: w.held}
+}
+
+// Together makes the leg leave out what others of the same build have warned of
+// already. Of what its frontend finds in the source, only the first leg tells, as
+// BuildKit's frontend does only for its first platform. Call it before the first
+// Translate.
+func (l *Leg) Together(with *Warned, first bool) {
+	l.warned, l.second, l.warnings = with, !first, map[digest.Digest]int{}
+}
+
+// fresh returns the warnings that are the leg's to tell. l.mu is held.
 func (l *Leg) fresh(warnings []*controlapi.VertexWarning) []*controlapi.VertexWarning {
 	if l.warned == nil || len(warnings) == 0 {
 		return warnings
 	}
 	return slices.DeleteFunc(slices.Clone(warnings), func(w *controlapi.VertexWarning) bool {
+		if w.GetInfo() != nil && l.second {
+			l.warned.hold(l, l.warning(w))
+			return true
+		}
+		if w.GetInfo() != nil {
+			l.warned.told()
+		}
 		content := contentOf(w)
 		if _, known := l.warnings[content]; !known && len(l.warnings) >= maxWarned {
 			return false

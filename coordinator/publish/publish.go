@@ -57,6 +57,9 @@ func (r Registry) Push(ctx context.Context, name string, byDigest bool, c Conten
 		return status.Errorf(codes.InvalidArgument, "pushing %q: %v", name, err)
 	}
 	target := named.Name()
+	if byDigest && !reference.IsNameOnly(named) {
+		return status.Errorf(codes.InvalidArgument, "can't push tagged ref %s by digest", named)
+	}
 	if !byDigest {
 		exact, err := reference.WithDigest(reference.TagNameOnly(named), c.Descriptor.Digest)
 		if err != nil {

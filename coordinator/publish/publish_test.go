@@ -91,6 +91,15 @@ func wantStatus(t *testing.T, err error, code codes.Code, words ...string) {
 	}
 }
 
+func TestPush_ByDigestTakesRepositoriesOnly(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"r.example/app:v1", "r.example/app@" + index("x").Descriptor.Digest.String()} {
+		if err := (Registry{}).Push(t.Context(), name, true, index("x")); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "can't push tagged ref "+name+" by digest") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestPush_ATagAndItsDigestPointAtTheContent(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {

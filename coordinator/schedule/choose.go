@@ -116,6 +116,9 @@ func same(a, b ocispecs.Platform) bool {
 
 // runs reports whether a worker, whatever its state, may run what is demanded.
 func runs(w *Worker, d Demand) bool {
+	if d.On != "" && d.On != w.Name {
+		return false
+	}
 	if d.Anywhere {
 		return true
 	}

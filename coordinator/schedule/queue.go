@@ -14,6 +14,7 @@ import (
 type classKey struct {
 	os, arch, variant string // all empty when anywhere
 	anywhere          bool
+	on                string
 	excluded          string // sorted names, each followed by a NUL
 }
 
@@ -72,7 +73,7 @@ func before(a, b *leg) int {
 
 // classKey is the key of the class that the leg belongs to.
 func (l *leg) classKey() classKey {
-	k := classKey{anywhere: l.demand.Anywhere}
+	k := classKey{anywhere: l.demand.Anywhere, on: l.demand.On}
 	if !k.anywhere {
 		k.os, k.arch, k.variant = l.demand.Platform.OS, l.demand.Platform.Architecture, l.demand.Platform.Variant
 	}

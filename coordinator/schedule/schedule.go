@@ -93,6 +93,8 @@ type Demand struct {
 	// Anywhere says that any worker will do: the platform is native nowhere, and the
 	// leg may execute nothing.
 	Anywhere bool
+	// On is the only worker that will do, by its name; empty for no such wish.
+	On string
 	// Key identifies the project, for warmth; empty for none.
 	Key string
 }

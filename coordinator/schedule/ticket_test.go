@@ -176,3 +176,52 @@ func TestTicket_RefusingASlotRefusesThoseWhoShareIt(t *testing.T) {
 		w1.on(t, "a")
 	})
 }
+
+func TestTicket_ALegForOneWorkerWaitsForItAndHoldsUpNobodyElse(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := old(worker("a", 1, 0, arm64), worker("b", 1, 0, arm64))
+		onA := func() *Ticket {
+			ticket, err := s.Enqueue([]Demand{{Platform: platform(arm64), On: "a"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(ticket.Close)
+			return ticket
+		}
+		first, second := onA(), onA()
+		wait(t.Context(), first, 0).on(t, "a")
+		w2 := wait(t.Context(), second, 0)
+		w2.still(t, 0, "linux/arm64: 1 full")
+		wait(t.Context(), enqueue(t, s, arm64), 0).on(t, "b")
+		third := wait(t.Context(), enqueue(t, s, arm64), 0)
+		third.still(t, 1, "linux/arm64: 2 full") // both compete for a
+		first.Release(0)
+		synctest.Wait()
+		w2.on(t, "a")
+		time.Sleep(announceEvery)
+		synctest.Wait()
+		third.still(t, 0, "linux/arm64: 2 full")
+	})
+}
+
+func TestTicket_ALegForOneWorkerThatHasLeftIsRefused(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := old(worker("a", 1, 1, arm64), worker("b", 1, 0, arm64))
+		if _, err := s.Enqueue([]Demand{{Platform: platform(arm64), On: "c"}}); err == nil {
+			t.Error("a worker that nobody knows was waited for")
+		}
+		ticket, err := s.Enqueue([]Demand{{Platform: platform(arm64), On: "a"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ticket.Close()
+		w := wait(t.Context(), ticket, 0)
+		s.Update([]Worker{worker("b", 1, 0, arm64)})
+		time.Sleep(s.Grace - time.Second)
+		synctest.Wait()
+		w.still(t, 0, "linux/arm64: no worker attached")
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		w.refused(t, "")
+	})
+}

@@ -259,6 +259,23 @@ func TestRegistry_RefusesWhatItCannotFindAgain(t *testing.T) {
 	})
 }
 
+func TestRegistry_NoMoreAreOpenThanTheLimit(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.registry.Limit = 1
+	s, _ := f.client(t)
+	f.registry.Settle(t.Context(), s.ID())
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	stream, err := f.control.Session(metadata.AppendToOutgoingContext(ctx, "x-docker-expose-session-uuid", "second"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a second: %v", err)
+	}
+}
+
 func TestRegistry_AnIdIsFreeAgainOnceItsSessionHasEnded(t *testing.T) {
 	t.Parallel()
 	f, w := newFarm(t), newWorker(t, "w")

@@ -1,23 +1,25 @@
 package session
 
 import (
-	"fmt"
-
+	_ "github.com/moby/buildkit/util/grpcutil/encoding/proto" // registers buildkitd's codec
+	"google.golang.org/grpc/encoding"
+	grpcproto "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
 )
 
 // frame is one gRPC message of which only the bytes matter here.
 type frame struct{ data mem.BufferSlice }
 
-// rawCodec hands messages through undecoded, so that a relayed file costs no
-// copy and a message type that this version does not know passes all the same.
+// rawCodec hands frames through undecoded, so that a relayed file costs no copy
+// and a message type that this version does not know passes all the same. Other
+// messages, those of intercepted calls, are decoded as buildkitd does.
 type rawCodec struct{}
 
 // Marshal gives the frame's buffers to the transport, which frees them.
 func (rawCodec) Marshal(v any) (mem.BufferSlice, error) {
 	f, ok := v.(*frame)
 	if !ok {
-		return nil, fmt.Errorf("relaying a session: unexpected message %T", v)
+		return encoding.GetCodecV2(grpcproto.Name).Marshal(v)
 	}
 	data := f.data
 	f.data = nil
@@ -28,7 +30,7 @@ func (rawCodec) Marshal(v any) (mem.BufferSlice, error) {
 func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	f, ok := v.(*frame)
 	if !ok {
-		return fmt.Errorf("relaying a session: unexpected message %T", v)
+		return encoding.GetCodecV2(grpcproto.Name).Unmarshal(data, v)
 	}
 	data.Ref()
 	f.data = data
@@ -37,4 +39,4 @@ func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 
 // Name is that of the codec whose messages are relayed: it becomes the
 // content-subtype on the wire.
-func (rawCodec) Name() string { return "proto" }
+func (rawCodec) Name() string { return grpcproto.Name }

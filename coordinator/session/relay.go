@@ -60,18 +60,19 @@ type Relays struct {
 	findWithin time.Duration // bounds the wait for a client's session
 	farewell   time.Duration // bounds the wait for a worker that is to let go of one
 
-	mu     sync.Mutex
-	active map[relayKey]*relay
+	mu      sync.Mutex
+	active  map[relayKey]*relay
+	aliases map[string]alias
 }
 
 type relayKey struct{ worker, session string }
 
 // NewRelays returns relays for the sessions of a registry.
 func NewRelays(registry *Registry, log *slog.Logger) *Relays {
-	return &Relays{registry: registry, log: log, findWithin: findTimeout, farewell: farewell, active: map[relayKey]*relay{}}
+	return &Relays{registry: registry, log: log, findWithin: findTimeout, farewell: farewell, active: map[relayKey]*relay{}, aliases: map[string]alias{}}
 }
 
-// Expose makes the client's session known on the worker until release is
+// Expose makes the client's session, or an alias of it, known on the worker until release is
 // called, the client ends it, or the worker is lost. It returns once the worker
 // has the connection. Release waits for the relay's end when it is its last
 // user's. NotFound: the client has not opened the session within five seconds.
@@ -83,7 +84,7 @@ func (rs *Relays) Expose(ctx context.Context, w Worker, id string) (release func
 	}
 	release = sync.OnceFunc(func() { rs.release(key, r) })
 	if fresh {
-		go r.run(context.WithoutCancel(ctx), rs.registry, w, id) // serves later users too, hence not under this one's context
+		go r.run(context.WithoutCancel(ctx), rs.registry, w, id, rs.real(id)) // serves later users too, hence not under this one's context
 	}
 	select {
 	case <-r.ready:
@@ -159,8 +160,9 @@ type relay struct {
 	stop  chan struct{} // closed when the last user has released it
 	ended chan struct{} // closed when nothing of it is left
 
-	client  *grpc.ClientConn
-	streams sync.WaitGroup
+	client    *grpc.ClientConn
+	intercept Intercept // of an alias; else nil
+	streams   sync.WaitGroup
 }
 
 func (rs *Relays) relay(key relayKey) *relay {
@@ -181,8 +183,9 @@ func (r *relay) over() bool {
 }
 
 // run connects the two ends and serves until stopped, or one of them is gone.
-func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string) {
+func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string, of alias) {
 	defer close(r.ended)
+	r.intercept = of.intercept
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	connected := make(chan struct{})
@@ -193,7 +196,7 @@ func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string
 		case <-connected:
 		}
 	}()
-	conn, session, closeWorker, err := r.connect(ctx, registry, w, id)
+	conn, session, closeWorker, err := r.connect(ctx, registry, w, id, of)
 	close(connected)
 	if err != nil {
 		r.err = err
@@ -237,15 +240,18 @@ func (r *relay) serve(session context.Context, conn net.Conn, giveUp func()) {
 	r.streams.Wait()
 }
 
-// connect finds the client's session, then opens a session of the same id and
-// description on the worker. The context it returns ends with the client's
+// connect finds the client's session, then opens a session of the id given and the
+// same description, or that of an alias, on the worker. The context it returns ends with the client's
 // session, and with ctx.
-func (r *relay) connect(ctx context.Context, registry *Registry, w Worker, id string) (net.Conn, context.Context, func(), error) {
+func (r *relay) connect(ctx context.Context, registry *Registry, w Worker, id string, of alias) (net.Conn, context.Context, func(), error) {
 	findCtx, cancel := context.WithTimeout(ctx, r.findWithin)
 	defer cancel()
-	caller, meta, err := registry.find(findCtx, id)
+	caller, meta, err := registry.find(findCtx, of.session)
 	if err != nil {
 		return nil, nil, nil, err
+	}
+	if id != of.session {
+		meta = of.describe(id, meta)
 	}
 	cc, err := w.Dial(ctx)
 	if err != nil {
@@ -275,6 +281,11 @@ func (r *relay) handle(_ any, worker grpc.ServerStream) error {
 	ctx, cancel := context.WithCancel(worker.Context())
 	defer cancel()
 	md, _ := metadata.FromIncomingContext(ctx)
+	if r.intercept != nil {
+		if answer := r.intercept(method, md); answer != nil {
+			return answer(worker)
+		}
+	}
 	client, err := r.client.NewStream(metadata.NewOutgoingContext(ctx, forwarded(md)),
 		&grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method, grpc.ForceCodecV2(rawCodec{}))
 	if err != nil {

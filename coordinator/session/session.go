@@ -27,6 +27,7 @@ import (
 const (
 	headerID        = "x-docker-expose-session-uuid"
 	headerSharedKey = "x-docker-expose-session-sharedkey"
+	headerMethod    = "x-docker-expose-session-grpc-method"
 )
 
 const (
@@ -39,6 +40,10 @@ var headerPrefixes = []string{"x-docker-expose-session-", "x-buildkit-session-"}
 
 // Registry holds the sessions that clients have open.
 type Registry struct {
+	// Limit is how many sessions may be open at a time; 0: any number. Set it
+	// before the first use.
+	Limit int
+
 	manager *bksession.Manager
 
 	mu   sync.Mutex
@@ -59,8 +64,9 @@ func NewRegistry() (*Registry, error) {
 func (r *Registry) Manager() *bksession.Manager { return r.manager }
 
 // Handle serves one Control.Session stream until the client ends it. It answers
-// InvalidArgument to a stream without a usable id, and AlreadyExists to one whose
-// id is in use: a second client must not take over a session by naming it.
+// InvalidArgument to a stream without a usable id, AlreadyExists to one whose id is
+// in use, since a second client must not take over a session by naming it, and
+// ResourceExhausted when too many are open.
 func (r *Registry) Handle(stream controlapi.Control_SessionServer) error {
 	// Closing the connection waits for the client to end the stream, which one that
 	// is refused has no reason to do. Returning ends it from this side.
@@ -70,8 +76,8 @@ func (r *Registry) Handle(stream controlapi.Control_SessionServer) error {
 	if err := checkID(id); err != nil {
 		return status.Errorf(codes.InvalidArgument, "opening a session: %v", err)
 	}
-	if !r.enter(id, meta) {
-		return status.Error(codes.AlreadyExists, "opening a session: its id is in use")
+	if err := r.enter(id, meta); err != nil {
+		return err
 	}
 	defer r.leave(id)
 
@@ -103,14 +109,17 @@ func checkID(id string) error {
 	return nil
 }
 
-func (r *Registry) enter(id string, meta metadata.MD) bool {
+func (r *Registry) enter(id string, meta metadata.MD) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if _, taken := r.open[id]; taken {
-		return false
+		return status.Error(codes.AlreadyExists, "opening a session: its id is in use")
+	}
+	if r.Limit > 0 && len(r.open) >= r.Limit {
+		return status.Errorf(codes.ResourceExhausted, "opening a session: %d are open, as many as this coordinator takes; try again later", len(r.open))
 	}
 	r.open[id] = meta
-	return true
+	return nil
 }
 
 func (r *Registry) leave(id string) {

@@ -1,14 +1,11 @@
 package split
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/containerd/platforms"
-	"github.com/distribution/reference"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
@@ -16,42 +13,59 @@ import (
 	"google.golang.org/grpc/status"
 )
 
+// Attributes of exporters (BuildKit, exporter/oci and exporter/local).
 const (
-	// maxNames bounds the references of one image.
-	maxNames = 1000
-	// maxReference bounds a reference in bytes: a host, a repository of at most
-	// 255, a tag of at most 128, a digest.
-	maxReference = 1 << 10
+	attrTar           = "tar"
+	attrMode          = "mode"
+	attrPlatformSplit = "platform-split"
 )
 
-// Publication is what remains to be done once every leg has exported its part
-// of an image: the index, under the names that the client gave.
-type Publication struct {
-	// Name is the exporter's name attribute as the client wrote it.
-	Name string
-	// Names are the references to publish, none when nothing is pushed.
-	Names []string
-	// ByDigest publishes under the digest only: Names are repositories then.
-	ByDigest bool
-	// Insecure allows plain HTTP and unknown certificates.
-	Insecure bool
-	// Index and IndexDescriptor are annotations of the merged index.
+// Kind is how the shares of a build's legs in one export become what a single
+// buildkitd would have written.
+type Kind int
+
+const (
+	// KindForward needs no merging: what each leg sends is the client's as it is,
+	// or the leg itself refuses it, in buildkitd's words.
+	KindForward Kind = iota
+	// KindImage is pushed by the legs, by digest only, and gets an index.
+	KindImage
+	// KindArchive is an OCI layout that holds an index and what all legs wrote.
+	KindArchive
+	// KindTar is one archive of the legs' files, leg after leg.
+	KindTar
+	// KindTree is one tree of files, made of those of the legs.
+	KindTree
+)
+
+// Export is one of the client's exporters, as far as several legs matter to it.
+type Export struct {
+	// Exporter is its place among the client's exporters: its id in sessions.
+	Exporter int
+	Kind     Kind
+	// Index and IndexDescriptor are the client's annotations of an image's merged index.
 	Index, IndexDescriptor map[string]string
+	// Store puts a KindArchive into the client's content store, not into a file.
+	Store bool
+	// Apart gives each platform of a KindTree a folder of its own.
+	Apart bool
+
+	attrs map[string]string
+	image imageAttrs
 }
+
+// Captured tells whether what the legs send to the client must be held up.
+func (e Export) Captured() bool {
+	return e.Kind == KindArchive || e.Kind == KindTar || e.Kind == KindTree
+}
+
+// Indexed tells whether the export has an index over the legs' images.
+func (e Export) Indexed() bool { return e.Kind == KindImage || e.Kind == KindArchive }
 
 // ExportPlan is how a build of several legs is exported.
 type ExportPlan struct {
 	exporters []*controlapi.Exporter
-	image     *imageExport
-}
-
-// imageExport is the build's one image exporter.
-type imageExport struct {
-	Publication
-	index int // among the exporters
-	attrs map[string]string
-	repos []string // Names without tags
-	push  bool
+	exports   []Export
 }
 
 // Exporters returns the exporters of a request in today's form.
@@ -62,164 +76,150 @@ func Exporters(req *controlapi.SolveRequest) []*controlapi.Exporter {
 	return []*controlapi.Exporter{{Type: req.GetExporterDeprecated(), Attrs: req.GetExporterAttrsDeprecated()}}
 }
 
-// PlanExports decides how several legs export what the client asked for. What
-// cannot be merged from several legs is refused with Unimplemented: writing one
-// platform and calling it done would be worse.
+// PlanExports decides how several legs export what the client asked for. Errors
+// are InvalidArgument.
 func PlanExports(exporters []*controlapi.Exporter, legs []Leg) (*ExportPlan, error) {
 	plan := &ExportPlan{exporters: exporters}
 	for i, e := range exporters {
+		export := Export{Exporter: i, attrs: e.GetAttrs()}
+		var err error
 		switch e.GetType() {
 		case client.ExporterImage:
-			if plan.image != nil {
-				return nil, refuse("several image exporters", legs)
+			export.Kind = KindImage
+			err = export.readImage(legs)
+		case client.ExporterOCI:
+			export.Kind = KindArchive
+			err = export.readImage(legs)
+			if whole, flagErr := strconv.ParseBool(export.attrs[attrTar]); flagErr == nil { // what is no flag, each leg refuses
+				export.Store = !whole
 			}
-			image, err := planImage(i, e.GetAttrs(), legs)
-			if err != nil {
-				return nil, err
-			}
-			plan.image = image
+		case client.ExporterTar:
+			export.Kind = KindTar
 		case client.ExporterLocal:
-			if e.GetAttrs()["mode"] == "delete" {
-				return nil, refuse("the local exporter with mode=delete", legs)
-			}
-			if split, err := strconv.ParseBool(e.GetAttrs()["platform-split"]); err == nil && !split {
-				return nil, refuse("the local exporter with platform-split=false", legs)
-			}
-		case "cacheonly":
-		default:
-			return nil, refuse(fmt.Sprintf("the %q exporter", e.GetType()), legs)
+			export.readLocal()
 		}
+		if err != nil {
+			return nil, err
+		}
+		plan.exports = append(plan.exports, export)
 	}
 	return plan, nil
 }
 
-func refuse(what string, legs []Leg) error {
-	names := make([]string, len(legs))
-	for i, l := range legs {
-		names[i] = l.String()
+// readLocal finds out whether the legs' folders must be written as one. Values
+// that are none are refused by each leg.
+func (e *Export) readLocal() {
+	apart, err := strconv.ParseBool(e.attrs[attrPlatformSplit])
+	e.Apart = apart || err != nil
+	mode, err := client.ParseLocalExporterMode(e.attrs[attrMode])
+	if (err == nil && mode == client.LocalExporterModeDelete) || !e.Apart {
+		e.Kind = KindTree
 	}
-	return status.Errorf(codes.Unimplemented,
-		"exporting %s: %s cannot be written from several platforms by this version of archfarm; push an image (--push), use --output type=local, or build one platform at a time",
-		strings.Join(names, ", "), what)
 }
 
-func planImage(index int, attrs map[string]string, legs []Leg) (*imageExport, error) {
-	image := &imageExport{index: index, attrs: map[string]string{}}
-	image.Index, image.IndexDescriptor = map[string]string{}, map[string]string{}
-	for _, k := range slices.Sorted(maps.Keys(attrs)) { // the same error each time
-		if err := image.attr(k, attrs[k], legs); err != nil {
-			return nil, err
-		}
-	}
-	if image.Publication.Name == "*" { // the frontend's choice, known only after the build
-		return nil, status.Error(codes.Unimplemented, `exporting an image of several platforms: name="*" is not possible with this version of archfarm; name the image`)
-	}
-	if !image.push || image.Publication.Name == "" {
-		return image, nil
-	}
-	return image, image.names()
-}
-
-// names reads the references to publish.
-func (i *imageExport) names() error {
-	if n := strings.Count(i.Publication.Name, ",") + 1; n > maxNames {
-		return status.Errorf(codes.InvalidArgument, "reading the image's names: %d names, at most %d are possible", n, maxNames)
-	}
-	for name := range strings.SplitSeq(i.Publication.Name, ",") {
-		if len(name) > maxReference {
-			return status.Errorf(codes.InvalidArgument, "reading the image's name %q: %d bytes, at most %d are possible", shorten(name, maxName), len(name), maxReference)
-		}
-		named, err := reference.ParseNormalizedNamed(name)
+// readImage reads what names an image and what is about its index.
+func (e *Export) readImage(legs []Leg) error {
+	e.Index, e.IndexDescriptor = map[string]string{}, map[string]string{}
+	for _, k := range slices.Sorted(maps.Keys(e.attrs)) { // the same error each time
+		annotation, ok, err := exptypes.ParseAnnotationKey(k)
 		if err != nil {
-			return status.Errorf(codes.InvalidArgument, "reading the image's name %q: %v", name, err)
+			return status.Errorf(codes.InvalidArgument, "reading the exporter's annotation %q: %v", k, err)
 		}
-		if i.ByDigest && !reference.IsNameOnly(named) {
-			return status.Errorf(codes.InvalidArgument, "can't push tagged ref %s by digest", named)
+		if p := annotation.PlatformString(); p != "" && !slices.ContainsFunc(legs, func(l Leg) bool { return l.String() == p }) {
+			// No leg would get it, and nobody would notice. BuildKit's words.
+			return status.Errorf(codes.InvalidArgument, "invalid annotation: no platform %s found in source", p)
 		}
-		i.Names = append(i.Names, name)
-		if repo := familiar(name, named); !slices.Contains(i.repos, repo) {
-			i.repos = append(i.repos, repo)
+		switch {
+		case ok && annotation.Type == exptypes.AnnotationIndex:
+			e.Index[annotation.Key] = e.attrs[k]
+		case ok && annotation.Type == exptypes.AnnotationIndexDescriptor:
+			e.IndexDescriptor[annotation.Key] = e.attrs[k]
+		case !ok:
+			e.image.readName(k, e.attrs[k])
+			if e.Kind == KindImage {
+				err = e.image.readPush(k, e.attrs[k])
+			}
 		}
+		if err != nil {
+			return err
+		}
+	}
+	if name := e.image.chosen(nil); e.Pushes() && name != anyName {
+		_, err := e.image.publication(name)
+		return err
 	}
 	return nil
 }
 
-// familiar is the repository as the client spells it: its spelling ends up in
-// the attestations' subjects.
-func familiar(name string, named reference.Named) string {
-	if repo := reference.FamiliarName(named); strings.HasPrefix(name, repo) {
-		return repo
+// Pushes tells whether the export puts anything into a registry.
+func (e Export) Pushes() bool { return e.Kind == KindImage && e.image.push }
+
+// Exports lists the plan's exports, in the order of the exporters.
+func (p *ExportPlan) Exports() []Export {
+	if p == nil {
+		return nil
 	}
-	return named.Name()
+	return p.exports
 }
 
-func (i *imageExport) attr(k, v string, legs []Leg) error {
-	annotation, ok, err := exptypes.ParseAnnotationKey(k)
-	if err != nil {
-		return status.Errorf(codes.InvalidArgument, "reading the exporter's annotation %q: %v", k, err)
-	}
-	if p := annotation.PlatformString(); p != "" && !slices.ContainsFunc(legs, func(l Leg) bool { return l.String() == p }) {
-		// No leg would get it, and nobody would notice. BuildKit's words.
-		return status.Errorf(codes.InvalidArgument, "invalid annotation: no platform %s found in source", p)
-	}
-	switch {
-	case ok && annotation.Type == exptypes.AnnotationIndex:
-		i.Index[annotation.Key] = v
-	case ok && annotation.Type == exptypes.AnnotationIndexDescriptor:
-		i.IndexDescriptor[annotation.Key] = v
-	default:
-		i.attrs[k] = v
-	}
-	switch exptypes.ImageExporterOptKey(k) {
-	case exptypes.OptKeyName:
-		i.Publication.Name = v
-	case exptypes.OptKeyPush:
-		i.push, err = flag(k, v)
-	case exptypes.OptKeyPushByDigest:
-		i.ByDigest, err = flag(k, v)
-	case exptypes.OptKeyInsecure:
-		i.Insecure, err = flag(k, v)
-	}
-	return err
-}
-
-func flag(k, v string) (bool, error) {
-	if v == "" {
-		return true, nil
-	}
-	b, err := strconv.ParseBool(v)
-	if err != nil {
-		return false, status.Errorf(codes.InvalidArgument, "non-bool value %q specified for %s", v, k)
-	}
-	return b, nil
-}
-
-// Leg returns the exporters of one leg: an image is pushed by its digest only,
-// so that no tag moves before every leg has succeeded.
-func (e *ExportPlan) Leg(leg Leg) []*controlapi.Exporter {
-	out := slices.Clone(e.exporters)
-	if e.image == nil {
-		return out
-	}
-	attrs := maps.Clone(e.image.attrs)
-	for k := range attrs { // annotations of other platforms are other legs'
-		a, ok, err := exptypes.ParseAnnotationKey(k)
-		if ok && err == nil && a.Platform != nil && a.PlatformString() != platforms.FormatAll(leg.Platform) {
-			delete(attrs, k)
+// Describing is the exporter whose image the answer of a leg describes: of
+// several, the last. It is -1 when no exporter makes an image.
+func (p *ExportPlan) Describing() int {
+	for i, e := range slices.Backward(p.exporters) {
+		switch e.GetType() {
+		case client.ExporterImage, client.ExporterOCI, client.ExporterDocker:
+			return i
 		}
 	}
-	if len(e.image.repos) > 0 {
-		attrs[string(exptypes.OptKeyName)] = strings.Join(e.image.repos, ",")
-		attrs[string(exptypes.OptKeyPushByDigest)] = "true"
+	return -1
+}
+
+// Captures tells whether anything that the legs send to the client must be held up.
+func (p *ExportPlan) Captures() bool {
+	return slices.ContainsFunc(p.Exports(), Export.Captured)
+}
+
+// Leg returns the exporters of one leg. An image is pushed by its digest only,
+// so that no tag moves before every leg has succeeded.
+func (p *ExportPlan) Leg(leg Leg) []*controlapi.Exporter {
+	out := slices.Clone(p.exporters)
+	for i, e := range p.exports {
+		if !e.Indexed() {
+			continue
+		}
+		attrs := maps.Clone(e.attrs)
+		for k := range attrs { // annotations of other platforms are other legs'
+			a, ok, err := exptypes.ParseAnnotationKey(k)
+			if ok && err == nil && a.Platform != nil && a.PlatformString() != platforms.FormatAll(leg.Platform) {
+				delete(attrs, k)
+			}
+		}
+		if e.Kind == KindArchive && e.Store {
+			delete(attrs, attrTar)
+		}
+		if e.Pushes() {
+			e.image.byDigestOnly(attrs)
+		}
+		out[i] = &controlapi.Exporter{Type: p.exporters[i].GetType(), Attrs: attrs}
 	}
-	out[e.image.index] = &controlapi.Exporter{Type: client.ExporterImage, Attrs: attrs}
 	return out
 }
 
-// Publication returns what is to be published, and whether the build has an image at all.
-func (e *ExportPlan) Publication() (Publication, bool) {
-	if e == nil || e.image == nil {
-		return Publication{}, false
+// Metadata returns a result's metadata as the legs get it: without tags in the
+// name that the frontend chose, where images are to be pushed under that name.
+// Errors are InvalidArgument.
+func (p *ExportPlan) Metadata(metadata map[string][]byte) (map[string][]byte, error) {
+	for _, e := range p.Exports() {
+		if !e.Pushes() || e.image.name != anyName || len(metadata[exptypes.ExporterImageNameKey]) == 0 {
+			continue
+		}
+		chosen, err := e.image.publication(string(metadata[exptypes.ExporterImageNameKey]))
+		if err != nil {
+			return nil, err
+		}
+		metadata = maps.Clone(metadata)
+		metadata[exptypes.ExporterImageNameKey] = []byte(chosen.repositories())
+		return metadata, nil
 	}
-	return e.image.Publication, true
+	return metadata, nil
 }

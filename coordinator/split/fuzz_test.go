@@ -2,7 +2,6 @@ package split
 
 import (
 	"encoding/json"
-	"strings"
 	"testing"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -69,7 +68,9 @@ func FuzzPlanExports(f *testing.F) {
 		`{"name":"app","push":"true","push-by-digest":"true","registry.insecure":"1"}`, `{"annotation[linux/arm64/v8].c":"d","annotation[linux/mips].c":"d"}`,
 	} {
 		f.Add("image", []byte(seed))
+		f.Add("oci", []byte(seed))
 	}
+	f.Add("image", []byte(`{"name":"*","push":"true","image.name":"a:1,b","dangling-name-prefix":"p"}`))
 	f.Add("local", []byte(`{"mode":"delete","platform-split":"f"}`))
 	legs, err := Legs(map[string]string{optPlatform: "linux/amd64,linux/arm64,linux/arm/v6"})
 	if err != nil {
@@ -83,18 +84,22 @@ func FuzzPlanExports(f *testing.F) {
 			wantConsidered(t, err)
 			return
 		}
-		publication, isImage := plan.Publication()
+		export := plan.Exports()[0]
+		publication, err := export.Publication(map[string][]byte{"image.name": []byte("chosen:v1")}, index)
+		if err != nil {
+			wantConsidered(t, err)
+		}
 		for _, l := range legs {
 			got := plan.Leg(l)
 			if len(got) != 1 || got[0].GetType() != kind {
 				t.Fatalf("%s: %v", l, got)
 			}
-			if isImage && len(publication.Names) > 0 && got[0].GetAttrs()["push-by-digest"] != "true" {
+			if len(publication.Names) > 0 && got[0].GetAttrs()["push-by-digest"] != "true" {
 				t.Fatalf("%s would push tags: %v", l, got[0].GetAttrs())
 			}
 			for k := range got[0].GetAttrs() {
 				a, ok, _ := exptypes.ParseAnnotationKey(k)
-				if isImage && ok && (strings.HasPrefix(a.Type, exptypes.AnnotationIndex) || a.Platform != nil && a.PlatformString() != l.String()) {
+				if export.Indexed() && ok && a.Platform != nil && a.PlatformString() != l.String() {
 					t.Fatalf("%s: got an annotation that is not its: %s", l, k)
 				}
 			}
@@ -106,7 +111,7 @@ func FuzzPlanExports(f *testing.F) {
 }
 
 func FuzzDefinition(f *testing.F) {
-	for _, op := range []*pb.Op{exec(arm64, "make"), source(amd64), exec(&pb.Platform{OS: "linux", OSVersion: "%"}, "x"), {}} {
+	for _, op := range []*pb.Op{exec(arm64, "make"), source(amd64), exec(&pb.Platform{OS: "linux", OSVersion: "%"}, "x"), {Inputs: []*pb.Input{{Digest: "sha256:a"}}}, {}} {
 		raw, err := op.MarshalVT()
 		if err != nil {
 			f.Fatal(err)
@@ -128,6 +133,12 @@ func FuzzDefinition(f *testing.F) {
 		if err != nil {
 			wantConsidered(t, err)
 			return // DefinitionLeg stops at the first step it can use
+		}
+		if head := Head(&def); head != "" {
+			last, err := readOp(0, def.GetDef()[len(def.GetDef())-1])
+			if err != nil || string(head) != last.GetInputs()[0].GetDigest() {
+				t.Fatalf("head %q of a definition whose last op is %v, %v", head, last, err)
+			}
 		}
 		if legErr != nil {
 			t.Fatalf("steps could be read, their leg not: %v", legErr)

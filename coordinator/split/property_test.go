@@ -180,8 +180,8 @@ func TestPlanExports_PropertyNoTagReachesALeg(t *testing.T) {
 				}
 			}
 		}
-		if p, _ := plan.Publication(); !slices.Equal(p.Names, list) {
-			t.Fatalf("to be published: %q", p.Names)
+		if p, err := plan.Exports()[0].Publication(nil, index); err != nil || !slices.Equal(p.Names, list) {
+			t.Fatalf("to be published: %q, %v", p.Names, err)
 		}
 	})
 }

@@ -1,6 +1,7 @@
 package split
 
 import (
+	"cmp"
 	"encoding/json"
 	"maps"
 	"slices"
@@ -104,6 +105,10 @@ func refsOf(key string, res *gwpb.Result) map[string]*gwpb.Ref {
 	return map[string]*gwpb.Ref{key: {}}
 }
 
+// RefsByKey returns a result's references by their platforms' keys; a single one
+// has the empty key.
+func RefsByKey(res *gwpb.Result) map[string]*gwpb.Ref { return refsOf("", res) }
+
 // Refs lists every reference of a result, those of attestations included.
 func Refs(res *gwpb.Result) []*gwpb.Ref {
 	var out []*gwpb.Ref
@@ -127,6 +132,29 @@ func Single(res *gwpb.Result) bool {
 		return false
 	}
 	return true
+}
+
+// Keys lists the keys of a result's platforms in their order; the empty one for
+// a result that has none.
+func Keys(res *gwpb.Result) []string {
+	if Single(res) {
+		return []string{""}
+	}
+	refs := refsOf("", res)
+	keys := slices.Sorted(maps.Keys(refs))
+	listed, err := exptypes.ParsePlatforms(res.GetMetadata())
+	if err != nil { // the exporters say so
+		return keys
+	}
+	place := func(key string) int {
+		i := slices.IndexFunc(listed.Platforms, func(p exptypes.Platform) bool { return p.ID == key })
+		if i < 0 {
+			return len(listed.Platforms)
+		}
+		return i
+	}
+	slices.SortStableFunc(keys, func(a, b string) int { return cmp.Compare(place(a), place(b)) })
+	return keys
 }
 
 // Part is what one leg's worker gets of the result that the client returned:

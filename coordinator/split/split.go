@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
@@ -27,6 +28,10 @@ const (
 	optPlatform      = "platform"
 	optMultiPlatform = "multi-platform"
 	optRequestID     = "requestid"
+	optSource        = "source"
+
+	frontendGateway    = "gateway.v0"
+	frontendDockerfile = "dockerfile.v0"
 )
 
 const (
@@ -240,6 +245,33 @@ func (l Leg) Solve(req *controlapi.SolveRequest, ref string, exporters []*contro
 	}
 }
 
+// Direct returns the frontend request that is equal to a request which names its
+// frontend, or holds a definition, itself.
+func Direct(req *controlapi.SolveRequest) *gwpb.SolveRequest {
+	out := &gwpb.SolveRequest{
+		Definition: req.GetDefinition(), Frontend: req.GetFrontend(), FrontendOpt: req.GetFrontendAttrs(), FrontendInputs: req.GetFrontendInputs(),
+		AllowResultReturn: true, AllowResultArrayRef: true,
+	}
+	if out.Frontend == frontendGateway && out.FrontendOpt[optSource] == frontendDockerfile && !replaced(out.FrontendOpt) {
+		out.Frontend, out.FrontendOpt = frontendDockerfile, maps.Clone(out.FrontendOpt) // as BuildKit does (solver/llbsolver/solver.go)
+		delete(out.FrontendOpt, optSource)
+	}
+	for _, im := range req.GetCache().GetImports() {
+		out.CacheImports = append(out.CacheImports, &gwpb.CacheOptionsEntry{Type: im.GetType(), Attrs: im.GetAttrs()})
+	}
+	return out
+}
+
+// replaced tells whether a named context stands in for the Dockerfile frontend.
+func replaced(opt map[string]string) bool {
+	for k := range opt {
+		if k == "context:"+frontendDockerfile || strings.HasPrefix(k, "context:"+frontendDockerfile+"::") {
+			return true
+		}
+	}
+	return false
+}
+
 // attrs narrows the platform attribute: the exporter's verifier compares it
 // with what the leg returns.
 func (l Leg) attrs(attrs map[string]string) map[string]string {
@@ -247,6 +279,20 @@ func (l Leg) attrs(attrs map[string]string) map[string]string {
 		return attrs
 	}
 	return l.FrontendOpt(attrs)
+}
+
+// Head names what a definition is the result of: definitions that build on it
+// refer to it by that. Empty for an empty definition, and for one that is malformed.
+func Head(def *pb.Definition) digest.Digest {
+	n := len(def.GetDef())
+	if n == 0 {
+		return ""
+	}
+	op, err := readOp(n-1, def.GetDef()[n-1])
+	if err != nil || len(op.GetInputs()) != 1 {
+		return ""
+	}
+	return digest.Digest(op.GetInputs()[0].GetDigest())
 }
 
 // PlatformLeg is the leg of a platform as BuildKit's messages have it; nil for none.

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/client/llb"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc/codes"
@@ -286,5 +287,58 @@ func TestPlatformLeg(t *testing.T) {
 	}
 	if leg := PlatformLeg(&pb.Platform{OS: "Linux", Architecture: "aarch64", Variant: "v8"}); leg == nil || leg.String() != "linux/arm64" {
 		t.Errorf("of linux/aarch64/v8: %v", leg)
+	}
+}
+
+func TestHead(t *testing.T) {
+	t.Parallel()
+	input := func(names ...string) *pb.Op {
+		op := &pb.Op{}
+		for _, n := range names {
+			op.Inputs = append(op.Inputs, &pb.Input{Digest: n})
+		}
+		return op
+	}
+	malformed := definition(t, nil, source(arm64))
+	malformed.Def = append(malformed.Def, []byte("\xff"))
+	for name, test := range map[string]struct {
+		def  *pb.Definition
+		want digest.Digest
+	}{
+		"what the last op points at":     {definition(t, nil, source(arm64), input("sha256:a")), "sha256:a"},
+		"whatever the ops before it are": {definition(t, nil, input("sha256:b"), input("sha256:a")), "sha256:a"},
+		"no definition":                  {nil, ""},
+		"an empty one":                   {&pb.Definition{}, ""},
+		"a last op without inputs":       {definition(t, nil, source(arm64)), ""},
+		"a last op with several":         {definition(t, nil, source(arm64), input("sha256:a", "sha256:b")), ""},
+		"a malformed last op":            {malformed, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if got := Head(test.def); got != test.want {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// TestHead_IsTheSameForADefinitionAndWhatBuildsOnIt takes the definitions from BuildKit itself, as clients do.
+func TestHead_IsTheSameForADefinitionAndWhatBuildsOnIt(t *testing.T) {
+	t.Parallel()
+	state := llb.Image("base").File(llb.Mkfile("/a", 0o644, nil))
+	base, err := state.Marshal(t.Context(), llb.LinuxArm64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	op, err := llb.NewDefinitionOp(base.ToPB())
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := llb.NewState(op).Marshal(t.Context(), llb.LinuxAmd64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := Head(again.ToPB()), Head(base.ToPB()); got == "" || got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
