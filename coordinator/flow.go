@@ -17,8 +17,8 @@ import (
 // Solve is the way of a build: the request comes in; the client's frontend calls
 // split it into legs, which are scheduled and dispatched to workers; the legs
 // export, into registries by digest only; their descriptors are collected and
-// assembled into an index; that goes to the client, or is published. An error before that stops every leg, and no tag
-// has moved; one while publishing tells which have.
+// assembled into indexes, which go to the client or are published. An error before
+// that stops every leg, and no tag has moved; one while publishing tells which have.
 func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (response *controlapi.SolveResponse, err error) {
 	counted := c.farm.Metrics.Begun()
 	defer func() { counted(status.Code(err).String()) }()

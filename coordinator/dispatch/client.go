@@ -26,7 +26,6 @@ type client struct {
 	results map[digest.Digest][]*leg // by what definitions call them that build on them
 	legs    map[*leg]*activity       // of running builds
 	queue   []*leg                   // those that have not been placed yet, in the order of their builds
-	coming  map[*leg]*leg            // legs that a slot was lent to and that have not been placed yet, and who holds it
 	changed chan struct{}            // closed, and replaced, when a leg has nothing to do any more, or is over
 }
 
@@ -41,7 +40,7 @@ type activity struct {
 const patience = 200 * time.Millisecond
 
 func newClient() *client {
-	return &client{results: map[digest.Digest][]*leg{}, legs: map[*leg]*activity{}, coming: map[*leg]*leg{}, changed: make(chan struct{})}
+	return &client{results: map[digest.Digest][]*leg{}, legs: map[*leg]*activity{}, changed: make(chan struct{})}
 }
 
 // clientOf returns the client whose call it is; one of its own for a call of
@@ -93,7 +92,6 @@ func (c *client) expect(legs ...*leg) {
 // unqueue removes a leg that does not queue any more. c.mu is held.
 func (c *client) unqueue(l *leg) {
 	c.queue = slices.DeleteFunc(c.queue, func(q *leg) bool { return q == l })
-	delete(c.coming, l)
 }
 
 // enter adds a leg that has been placed. It counts as busy until the call has come
@@ -148,16 +146,6 @@ func (l *leg) uncalled() {
 	l.called.Do(func() { l.build.client.calls(l, -1) })
 }
 
-// forgo says that a leg makes no use of what it was lent.
-func (c *client) forgo(l *leg) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, in := c.coming[l]; in {
-		delete(c.coming, l)
-		c.wake()
-	}
-}
-
 // wake tells those who wait for a lender to look again. c.mu is held.
 func (c *client) wake() {
 	close(c.changed)
@@ -197,15 +185,13 @@ func (c *client) lender(ctx context.Context, guest *leg, would func(*leg) bool) 
 
 // idle returns a leg in whose slot nothing has happened for a while, or else when
 // to look again. Who came first is served first, as in the queue of all builds, and
-// for the same reason: no two builds must hold what the other waits for. Legs of one
-// build, which start together, may share a slot.
+// for the same reason: no two builds must hold what the other waits for; who is on its
+// way still queues, so that a slot is lent once. Legs of one build, which start
+// together, may share a slot.
 func (c *client) idle(guest *leg, would func(*leg) bool) (host *leg, changed <-chan struct{}, soon time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	busy := map[*leg]bool{} // slots, by who holds them
-	for l, holder := range c.coming {
-		busy[holder] = busy[holder] || l.build != guest.build
-	}
 	for l, a := range c.legs {
 		if a.calls > 0 && l.build != guest.build {
 			busy[l.holder()] = true
@@ -221,7 +207,6 @@ func (c *client) idle(guest *leg, would func(*leg) bool) (host *leg, changed <-c
 			continue
 		}
 		l.guests.Add(1) // it cannot be over: it would have left
-		c.coming[guest] = l.holder()
 		return l, nil, 0
 	}
 	return nil, c.changed, soon

@@ -211,7 +211,10 @@ func TestLending_NotWhileTheHostWorks(t *testing.T) {
 func TestLending_NotWhileTheClientMayJustBeOnItsWay(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		d := f.worker(t, "amd", 1, amd64)
-		d.Frontend = func(context.Context, *gwpb.SolveRequest) (*gwpb.Result, error) { time.Sleep(time.Second); return d.reference(nil), nil }
+		d.Frontend = func(context.Context, *gwpb.SolveRequest) (*gwpb.Result, error) {
+			time.Sleep(time.Second)
+			return d.reference(nil), nil
+		}
 		bake := connection(t.Context(), t)
 		first, solve, endFirst := f.solving(bake, t, "first")
 		synctest.Wait()

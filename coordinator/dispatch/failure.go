@@ -13,7 +13,7 @@ import (
 // translated calls it, which is what the build's progress does: clients show that
 // step's output below the error. Everything else of the error stays.
 func withVertex(err error, translated func(digest string) string) error {
-	carrier, ok := err.(interface{ GRPCStatus() *status.Status }) //nolint:errorlint // of a wrapped one, the text around it would be lost
+	carrier, ok := err.(interface{ GRPCStatus() *status.Status }) // not errors.As: of a wrapped one, the text around it would be lost
 	if !ok {
 		return err
 	}

@@ -1,7 +1,6 @@
 package dispatch
 
 import (
-	"context"
 	"errors"
 	"testing"
 
@@ -17,7 +16,7 @@ func TestWithVertex_NamesTheStepAsTheProgressDoes(t *testing.T) {
 	t.Parallel()
 	theirs, ours := digest.FromString("worker"), digest.FromString("client")
 	source := &errdefs.Source{Info: &pb.SourceInfo{Filename: "Dockerfile"}}
-	worker := grpcerrors.ToGRPC(context.Background(), errdefs.WithSource(errdefs.WrapVertex(errors.New("exit code: 1"), theirs), source)) //nolint:usetesting // it only carries values
+	worker := grpcerrors.ToGRPC(t.Context(), errdefs.WithSource(errdefs.WrapVertex(errors.New("exit code: 1"), theirs), source))
 	got := withVertex(worker, func(d string) string {
 		if d != theirs.String() {
 			t.Errorf("asked to translate %s", d)

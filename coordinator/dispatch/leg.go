@@ -59,6 +59,7 @@ type leg struct {
 	attempt  *Attempt
 	releases map[string]func() // session relays, by the session; guarded by build.mu
 	over     bool              // nothing is relayed any more; likewise
+	moving   chan struct{}     // while it moves, closed when it has; likewise
 	called   sync.Once         // its first call has come, or is known not to
 	ending   atomic.Bool
 	ended    chan struct{} // closed when it holds nothing any more

@@ -33,7 +33,7 @@ func (b *Build) solveNative(ctx context.Context, l *leg, req *gwpb.SolveRequest)
 	if err == nil {
 		return l, resp, nil
 	}
-	moved := b.now(l)
+	moved := b.now(ctx, l)
 	var misplaced *misplacedError
 	switch {
 	case moved != l: // for another call, which may have stopped this one
@@ -60,8 +60,18 @@ func (b *Build) used(l *leg) bool {
 	return slices.Contains(slices.Collect(maps.Values(b.refs)), l) || slices.Contains(slices.Collect(maps.Values(b.containers)), l)
 }
 
-// now is the leg itself, or what it has become by moving.
-func (b *Build) now(l *leg) *leg {
+// now is the leg itself, or what it has become by moving. It waits for a move that
+// is under way.
+func (b *Build) now(ctx context.Context, l *leg) *leg {
+	b.mu.Lock()
+	moving := l.moving
+	b.mu.Unlock()
+	if moving != nil {
+		select {
+		case <-moving:
+		case <-ctx.Done():
+		}
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.legs[l.index]
@@ -76,7 +86,7 @@ func (b *Build) move(ctx context.Context, l *leg, to ocispecs.Platform) (*leg, e
 	if b.ctx.Err() != nil {
 		return nil, context.Cause(b.ctx)
 	}
-	if moved := b.now(l); moved != l { // meanwhile
+	if moved := b.now(ctx, l); moved != l { // meanwhile
 		return moved, nil
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -86,14 +96,14 @@ func (b *Build) move(ctx context.Context, l *leg, to ocispecs.Platform) (*leg, e
 	moved := b.newLeg(l.Leg, l.index, l.split)
 	moved.guest, moved.exporters, moved.log = true, l.exporters, l.log
 	host := b.hostFor(l, to)
-	b.vacate(l)
+	defer close(b.vacate(l))
 	if err := moved.startAs(ctx, host, to); err != nil {
 		b.ending.Go(func() { moved.end(err) })
 		return nil, err
 	}
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	b.legs[l.index] = moved
+	b.mu.Unlock()
 	return moved, nil
 }
 
@@ -120,15 +130,18 @@ func (b *Build) hostFor(l *leg, p ocispecs.Platform) *leg {
 
 // vacate ends a leg that moves. Its slot is kept for siblings that move to its
 // worker, which are on their way: two that change places would else have to queue,
-// each for the slot that the other gives up.
-func (b *Build) vacate(l *leg) {
+// each for the slot that the other gives up. The leg counts as moving until the
+// caller closes what is returned.
+func (b *Build) vacate(l *leg) chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if l.split {
-		b.mu.Lock()
 		l.guests.Add(1)
 		b.vacated = append(b.vacated, l)
-		b.mu.Unlock()
 	}
+	l.moving = make(chan struct{})
 	b.ending.Go(func() { l.end(nil) })
+	return l.moving
 }
 
 // movesDone gives back the slots that were kept for moves: the legs of a frontend

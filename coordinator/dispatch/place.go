@@ -148,7 +148,6 @@ func (l *leg) holds(ctx context.Context, assigned schedule.Assignment, queued fu
 // part lets go of the sibling's slot.
 func (l *leg) part() {
 	if l.host != nil {
-		l.build.client.forgo(l)
 		l.host.guests.Done()
 		l.host = nil
 	}

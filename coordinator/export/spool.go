@@ -164,9 +164,11 @@ func spooling(err error) error {
 // put keeps a blob of exactly that size and digest; one that is there already is
 // read and dropped.
 func (s *shelf) put(dgst digest.Digest, size int64, from io.Reader) error {
-	if s.has(dgst) {
+	if known, ok := s.size(dgst); ok && known == size { // another is not worth reading: a sparse entry may claim any
 		_, err := io.CopyN(io.Discard, from, size)
 		return err
+	} else if ok {
+		return status.Errorf(codes.DataLoss, "spooling an export: %s came with %d bytes, it has %d", dgst, size, known)
 	}
 	cost := max(size, blobCost)
 	f, err := s.create(cost)
@@ -189,11 +191,11 @@ func (s *shelf) put(dgst digest.Digest, size int64, from io.Reader) error {
 	return err
 }
 
-func (s *shelf) has(dgst digest.Digest) bool {
+func (s *shelf) size(dgst digest.Digest) (n int64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, ok := s.blobs[dgst]
-	return ok
+	n, ok = s.blobs[dgst]
+	return n, ok
 }
 
 // keep files a blob, unless another leg was quicker with the same.

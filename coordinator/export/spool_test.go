@@ -64,6 +64,9 @@ func TestShelf_TheSameBlobTakesItsSpaceOnce(t *testing.T) {
 	if err != nil || len(entries) != 1 {
 		t.Errorf("files: %v, %v", entries, err)
 	}
+	if err := s.put(dgst, 1<<60, strings.NewReader(blob)); status.Code(err) != codes.DataLoss { // as a sparse entry claims
+		t.Errorf("the same with another size: %v", err)
+	}
 	if info, err := s.Info(t.Context(), dgst); err != nil || info.Size != int64(len(blob)) {
 		t.Errorf("%+v, %v", info, err)
 	}

@@ -72,9 +72,9 @@ func NewRelays(registry *Registry, log *slog.Logger) *Relays {
 	return &Relays{registry: registry, log: log, findWithin: findTimeout, farewell: farewell, active: map[relayKey]*relay{}, aliases: map[string]alias{}}
 }
 
-// Expose makes the client's session, or an alias of it, known on the worker until release is
-// called, the client ends it, or the worker is lost. It returns once the worker
-// has the connection. Release waits for the relay's end when it is its last
+// Expose makes the client's session, or an alias of it, known on the worker until
+// release is called, the client ends it, or the worker is lost. It returns once the
+// worker has the connection. Release waits for the relay's end when it is its last
 // user's. NotFound: the client has not opened the session within five seconds.
 func (rs *Relays) Expose(ctx context.Context, w Worker, id string) (release func(), err error) {
 	key := relayKey{w.ID(), id}
