@@ -50,6 +50,9 @@ type options struct {
 // maxAgain is beyond what chance explains.
 const maxAgain = 10
 
+// errNothing is what a pattern that matches nothing gives.
+var errNothing = errors.New("the pattern matches none")
+
 // suites are packages of tests by name: the module and the folder in it.
 var suites = map[string][2]string{
 	"buildx":     {"github.com/docker/buildx", "tests"},
@@ -66,7 +69,7 @@ func (o options) conform(ctx context.Context, w io.Writer) error {
 		return fmt.Errorf("unknown suite %q: buildx, client, dockerfile or buildctl", o.suite)
 	}
 	if o.run == "" && o.suite != "buildx" {
-		o.run = "TestIntegration/.*/worker=oci$" // the others need containerd or rootless set-ups
+		o.run = "Integration$/.*/worker=oci$" // the others need containerd or rootless set-ups
 	}
 	known, err := readKnown(o.known)
 	if err != nil {
@@ -242,7 +245,7 @@ func (k *kit) test(ctx context.Context, o options, backend string) (map[string]o
 		return nil, err
 	}
 	if len(results) == 0 {
-		return nil, fmt.Errorf("no test of %s was run against %s: %w", k.suite, backend, ended)
+		return nil, fmt.Errorf("no test of %s was run against %s: %w", k.suite, backend, errors.Join(errNothing, ended))
 	}
 	return results, nil
 }
