@@ -58,6 +58,9 @@ type Config struct {
 	HistoryMaxEntries int
 	HistoryMaxAge     time.Duration
 	HistoryMaxSize    int64
+	// SpoolMaxSize is how many bytes of disk archives that are merged from several
+	// platforms may take at a time, of all builds together; zero means 64 GiB.
+	SpoolMaxSize int64
 	// MaxBuilds is how many builds run or wait at a time, MaxSessions how many client
 	// sessions are open; more are refused. A build that waits takes some 180 KiB, a
 	// session 120 KiB; a build that prints much up to 32 MiB.

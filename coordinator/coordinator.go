@@ -97,7 +97,7 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
 		Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
 	}
-	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), export.DefaultSpoolLimit)
+	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), cfg.SpoolMaxSize)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/archfarm/archfarm/coordinator"
+	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/history"
 )
 
@@ -47,6 +48,7 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
 	flags.Int("max-builds", coordinator.DefaultMaxBuilds, "how many builds may run or wait at a time; more are refused")
 	flags.Int("max-sessions", coordinator.DefaultMaxSessions, "how many client sessions may be open at a time; more are refused")
+	flags.Int64("spool-max-size", export.DefaultSpoolLimit, "bytes of disk that archives merged from several platforms may take while they are made")
 	historyFlags(flags)
 	gossipFlags(flags)
 }
@@ -109,6 +111,9 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 		if *limit, _ = flags.GetInt(name); *limit < 1 {
 			return cfg, usageError{fmt.Errorf("--%s %d: at least 1 must be possible", name, *limit)}
 		}
+	}
+	if cfg.SpoolMaxSize, _ = flags.GetInt64("spool-max-size"); cfg.SpoolMaxSize <= 0 {
+		return cfg, usageError{errors.New("--spool-max-size must be positive")}
 	}
 	err = historyConfig(flags, &cfg) // before cfg is copied
 	return cfg, err

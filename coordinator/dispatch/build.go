@@ -76,7 +76,7 @@ type Build struct {
 	answered sync.Once
 }
 
-// Begin takes a request. Exports that its legs could not merge are refused now,
+// Begin takes a request. Exporters with options that make no sense are refused now,
 // before anything starts. End must be called.
 func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build, error) {
 	legs, err := split.Legs(req.GetFrontendAttrs())

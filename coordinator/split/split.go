@@ -168,11 +168,12 @@ func readOp(i int, raw []byte) (*pb.Op, error) {
 	return &op, nil
 }
 
-// platformOf is nil for no platform, and for one that says nothing. One without
-// an operating system is not nothing: BuildKit takes it for its own system.
+// platformOf is nil for no platform, and for one that names no architecture: that is
+// the worker's own then. One without an operating system is not nothing: BuildKit
+// takes it for its own system.
 func platformOf(p *pb.Platform) *ocispecs.Platform {
 	spec := ocispecs.Platform{OS: p.GetOS(), Architecture: p.GetArchitecture(), Variant: p.GetVariant(), OSVersion: p.GetOSVersion(), OSFeatures: p.GetOSFeatures()}
-	if spec.OS == "" && spec.Architecture == "" {
+	if spec.Architecture == "" {
 		return nil
 	}
 	if spec.OS == "" {
