@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -97,6 +98,9 @@ type Node struct {
 	stop      context.CancelFunc
 	joiner    sync.WaitGroup
 
+	mu      sync.Mutex
+	members map[string]member // the living ones, this one included, by name
+
 	closing sync.Once
 	closed  error
 }
@@ -114,7 +118,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
-	n := &Node{role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1)}
+	n := &Node{role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1), members: map[string]member{}}
 	mc, err := cfg.memberlist(ctx, n)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
@@ -142,9 +146,9 @@ func (n *Node) Changed() <-chan struct{} { return n.changed }
 // most 64.
 func (n *Node) Coordinators() []string {
 	var found []string
-	for _, m := range n.list.Members() {
-		if addr, ok := coordinatorAddress(m); ok {
-			found = append(found, addr)
+	for _, m := range n.living() {
+		if m.coordinator != "" {
+			found = append(found, m.coordinator)
 		}
 	}
 	slices.Sort(found)
@@ -154,6 +158,12 @@ func (n *Node) Coordinators() []string {
 		found = found[:maxCoordinators]
 	}
 	return found
+}
+
+func (n *Node) living() []member {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Collect(maps.Values(n.members))
 }
 
 // Close tells the others that this member leaves, stops, and waits for the

@@ -8,8 +8,6 @@ import (
 	"net/netip"
 	"strconv"
 	"time"
-
-	"github.com/hashicorp/memberlist"
 )
 
 const (
@@ -99,14 +97,14 @@ func (n *Node) missing(ctx context.Context, seed string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("seed %s: %w", seed, err)
 	}
-	members := n.list.Members()
-	if n.isContested() || n.isLost() {
-		members = []*memberlist.Node{n.list.LocalNode()}
-	}
 	living := map[netip.AddrPort]bool{}
-	for _, m := range members {
-		if ip, ok := netip.AddrFromSlice(m.Addr); ok {
-			living[netip.AddrPortFrom(ip.Unmap(), m.Port)] = true
+	if own := n.list.LocalNode(); n.isContested() || n.isLost() {
+		if ip, ok := netip.AddrFromSlice(own.Addr); ok {
+			living[netip.AddrPortFrom(ip.Unmap(), own.Port)] = true
+		}
+	} else {
+		for _, m := range n.living() {
+			living[m.gossip] = true
 		}
 	}
 	var missing []string

@@ -46,13 +46,38 @@ func (*delegate) GetBroadcasts(int, int) [][]byte { return nil }
 func (*delegate) LocalState(bool) []byte          { return nil }
 func (*delegate) MergeRemoteState([]byte, bool)   {}
 
-// events notifies of changes. memberlist calls with its lock held: nothing here
-// may block or ask it anything.
+// member is what is known of a living member.
+type member struct {
+	gossip      netip.AddrPort
+	coordinator string // where it serves gRPC; empty for workers
+}
+
+// events keeps the list of members, and notifies of changes. memberlist calls with
+// its lock held: nothing here may block or ask it anything. Its own list must not be
+// read, as it changes the members in place.
 type events struct{ n *Node }
 
-func (e events) NotifyJoin(*memberlist.Node)   { e.n.notify() }
-func (e events) NotifyLeave(*memberlist.Node)  { e.n.notify() }
-func (e events) NotifyUpdate(*memberlist.Node) { e.n.notify() }
+func (e events) NotifyJoin(m *memberlist.Node)   { e.n.know(m) }
+func (e events) NotifyUpdate(m *memberlist.Node) { e.n.know(m) }
+
+func (e events) NotifyLeave(m *memberlist.Node) {
+	e.n.mu.Lock()
+	delete(e.n.members, m.Name)
+	e.n.mu.Unlock()
+	e.n.notify()
+}
+
+func (n *Node) know(m *memberlist.Node) {
+	var known member
+	if ip, ok := netip.AddrFromSlice(m.Addr); ok {
+		known.gossip = netip.AddrPortFrom(ip.Unmap(), m.Port)
+	}
+	known.coordinator, _ = coordinatorAddress(m)
+	n.mu.Lock()
+	n.members[m.Name] = known
+	n.mu.Unlock()
+	n.notify()
+}
 
 // conflicts notices that others know our name under another address: a second
 // member of that name, or more often this one before it was killed and

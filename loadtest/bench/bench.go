@@ -122,7 +122,7 @@ func (r *rig) large(t farmtest.T, o options) []contest {
 // image exports one image of two platforms as an archive, again and again. Buildx's two nodes cannot: each would
 // write its own.
 func (r *rig) image(t farmtest.T, o options) []contest {
-	s := newSource(t, o.ImageSize/2)
+	s := newPair(t, r.both, o.ImageSize/2)
 	dest := filepath.Join(farmtest.Folder(t), "image.tar")
 	c := contest{name: fmt.Sprintf("%d MB image as an OCI archive, two platforms", o.ImageSize/1_000_000), sides: []string{theFarm, oneNode}, rounds: o.ImageRounds}
 	c.build = func(t farmtest.T, builder string) time.Duration {

@@ -147,9 +147,9 @@ func TestParse(t *testing.T) {
 		ok   bool
 		want options
 	}{
-		{nil, true, options{Rounds: 10, CachedRounds: 30, Size: 200_000_000, Limit: 7 * time.Minute}},
+		{nil, true, options{Rounds: 10, CachedRounds: 30, Size: 200_000_000, ImageRounds: 3, ImageSize: 2_000_000_000, AtOnce: 20, Limit: 7 * time.Minute}},
 		{[]string{"-short"}, true, shortly()},
-		{[]string{"-rounds", "3", "-megabytes", "7"}, true, options{Rounds: 3, CachedRounds: 30, Size: 7_000_000, Limit: 7 * time.Minute}},
+		{[]string{"-rounds", "3", "-megabytes", "7"}, true, options{Rounds: 3, CachedRounds: 30, Size: 7_000_000, ImageRounds: 3, ImageSize: 2_000_000_000, AtOnce: 20, Limit: 7 * time.Minute}},
 		{[]string{"-rounds", "0"}, false, options{}},
 		{[]string{"more"}, false, options{}},
 	} {

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
@@ -33,6 +34,25 @@ func newSource(t farmtest.T, size int64) source {
 	if err := s.write(os.O_CREATE|os.O_EXCL, size); err != nil {
 		t.Fatalf("%v", err)
 	}
+	return s
+}
+
+// newPair makes a context with such data of each platform's own.
+func newPair(t farmtest.T, platforms string, size int64) source {
+	s := newSource(t, size)
+	for _, p := range strings.Split(platforms, ",") {
+		_, arch, _ := strings.Cut(p, "/")
+		if err := os.Rename(filepath.Join(s.dir, "data"), filepath.Join(s.dir, arch)); err != nil {
+			t.Fatalf("writing a build context: %v", err)
+		}
+		if err := s.write(os.O_CREATE|os.O_EXCL, size); err != nil {
+			t.Fatalf("%v", err)
+		}
+	}
+	if err := os.Remove(filepath.Join(s.dir, "data")); err != nil {
+		t.Fatalf("writing a build context: %v", err)
+	}
+	farmtest.WriteFile(t, s.dir, "Dockerfile", "FROM scratch\nARG TARGETARCH\nCOPY $TARGETARCH /data\n")
 	return s
 }
 
