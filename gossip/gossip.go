@@ -99,7 +99,7 @@ type Node struct {
 	joiner    sync.WaitGroup
 
 	mu      sync.Mutex
-	members map[string]member // the living ones, this one included, by name
+	members map[string]known // the living ones, this one included, by name
 
 	closing sync.Once
 	closed  error
@@ -118,7 +118,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
-	n := &Node{role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1), members: map[string]member{}}
+	n := &Node{role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1), members: map[string]known{}}
 	mc, err := cfg.memberlist(ctx, n)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
@@ -160,7 +160,7 @@ func (n *Node) Coordinators() []string {
 	return found
 }
 
-func (n *Node) living() []member {
+func (n *Node) living() []known {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return slices.Collect(maps.Values(n.members))

@@ -46,8 +46,8 @@ func (*delegate) GetBroadcasts(int, int) [][]byte { return nil }
 func (*delegate) LocalState(bool) []byte          { return nil }
 func (*delegate) MergeRemoteState([]byte, bool)   {}
 
-// member is what is known of a living member.
-type member struct {
+// known is what is known of a living member.
+type known struct {
 	gossip      netip.AddrPort
 	coordinator string // where it serves gRPC; empty for workers
 }
@@ -68,13 +68,13 @@ func (e events) NotifyLeave(m *memberlist.Node) {
 }
 
 func (n *Node) know(m *memberlist.Node) {
-	var known member
+	var entry known
 	if ip, ok := netip.AddrFromSlice(m.Addr); ok {
-		known.gossip = netip.AddrPortFrom(ip.Unmap(), m.Port)
+		entry.gossip = netip.AddrPortFrom(ip.Unmap(), m.Port)
 	}
-	known.coordinator, _ = coordinatorAddress(m)
+	entry.coordinator, _ = coordinatorAddress(m)
 	n.mu.Lock()
-	n.members[m.Name] = known
+	n.members[m.Name] = entry
 	n.mu.Unlock()
 	n.notify()
 }
