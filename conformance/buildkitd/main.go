@@ -5,7 +5,8 @@
 //
 // ARCHFARM_CONFORMANCE_BUILDKITD names the real buildkitd, ARCHFARM_CONFORMANCE_ARCHFARM the archfarm to
 // test. ARCHFARM_CONFORMANCE_WORKERS is how many workers there are, 2 by default: the second one poses as
-// another architecture, as far as builds without RUN steps can tell.
+// another architecture, as far as builds without RUN steps can tell. ARCHFARM_CONFORMANCE_SLOTS is how many
+// slots each has.
 package main
 
 import (
@@ -34,8 +35,8 @@ const (
 	startWithin = 14 * time.Second // the suites give a buildkitd 15 s
 	killAfter   = 10 * time.Second
 	poll        = 10 * time.Millisecond
-	// slots are what an unbounded buildkitd compares to.
-	slots = "64"
+	// manySlots are what an unbounded buildkitd compares to.
+	manySlots = "64"
 )
 
 func main() {
@@ -141,6 +142,14 @@ func (f *farm) start(ctx context.Context, workers int) error {
 	return os.Symlink(door, strings.TrimPrefix(f.address, "unix://"))
 }
 
+// slots of each worker; few show what a queue does to the suites.
+func slots() string {
+	if n := os.Getenv("ARCHFARM_CONFORMANCE_SLOTS"); n != "" {
+		return n
+	}
+	return manySlots
+}
+
 // worker starts a buildkitd and its agent.
 func (f *farm) worker(i int, config, door string) error {
 	dir := filepath.Join(f.root, "worker-"+strconv.Itoa(i))
@@ -156,7 +165,7 @@ func (f *farm) worker(i int, config, door string) error {
 	if err := f.process(f.buildkitd, args...); err != nil {
 		return err
 	}
-	agent := []string{"worker", "--name", "worker-" + strconv.Itoa(i), "--buildkit", socket, "--coordinator", "unix://" + door, "--slots", slots, "--worker-drain-timeout=1s"}
+	agent := []string{"worker", "--name", "worker-" + strconv.Itoa(i), "--buildkit", socket, "--coordinator", "unix://" + door, "--slots", slots(), "--worker-drain-timeout=1s"}
 	if i > 0 {
 		agent = append(agent, "--platform", "linux/arm64")
 	}
