@@ -209,6 +209,7 @@ func (k *kit) test(ctx context.Context, o options, backend string) (map[string]o
 		return nil, err
 	}
 	defer os.RemoveAll(temp) //nolint:errcheck // what is left is in a folder for temporary files
+	defer sweep(time.Now())
 	archfarm, err := filepath.Abs(o.archfarm)
 	if err != nil {
 		return nil, err
@@ -248,6 +249,19 @@ func (k *kit) test(ctx context.Context, o options, backend string) (map[string]o
 		return nil, fmt.Errorf("no test of %s was run against %s: %w", k.suite, backend, errors.Join(errNothing, ended))
 	}
 	return results, nil
+}
+
+// buildxFolders are where buildx's suite keeps the clients' configuration, whatever TMPDIR says.
+const buildxFolders = "/tmp/buildx-integration-*"
+
+// sweep removes those that were made since then.
+func sweep(since time.Time) {
+	folders, _ := filepath.Glob(buildxFolders) // the pattern is well-formed
+	for _, f := range folders {
+		if info, err := os.Stat(f); err == nil && !info.ModTime().Before(since) {
+			_ = os.RemoveAll(f) // what is left is in a folder for temporary files
+		}
+	}
 }
 
 var port = regexp.MustCompile(`listening on 127\.0\.0\.1:(\d+)`)
