@@ -25,7 +25,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/tonistiigi/fsutil"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
 )
@@ -120,33 +119,14 @@ func TestGateway_QuestionsAboutADockerfile(t *testing.T) {
 	}
 }
 
-// gatewayBuild runs a build whose frontend is this test.
+// gatewayBuild runs a build whose frontend is this test. Steps are those of its progress, warnings included.
 func (r rig) gatewayBuild(t *testing.T, opt client.SolveOpt, frontend gateway.BuildFunc) (steps string, err error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
-	defer cancel()
-	c, err := client.New(ctx, r.Addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	var text strings.Builder
-	updates := make(chan *client.SolveStatus)
-	var group errgroup.Group
-	group.Go(func() error {
-		for u := range updates { // Build closes it
-			for _, v := range u.Vertexes {
-				text.WriteString(v.Name + "\n")
-			}
-			for _, w := range u.Warnings {
-				text.WriteString("warning: " + string(w.Short) + "\n")
-			}
-		}
-		return nil
+	steps, warnings, err := r.watched(t, func(ctx context.Context, c *client.Client, updates chan *client.SolveStatus) error {
+		_, err := c.Build(ctx, opt, "farmtest", frontend, updates)
+		return err
 	})
-	group.Go(func() error { _, err := c.Build(ctx, opt, "farmtest", frontend, updates); return err })
-	err = group.Wait()
-	return text.String(), err
+	return steps + warnings, err
 }
 
 // solveState solves raw LLB through the gateway.

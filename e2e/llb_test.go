@@ -40,6 +40,21 @@ type solved struct {
 // frontend on the client's side.
 func (r rig) goClient(t *testing.T, def *llb.Definition, opt client.SolveOpt) (solved, error) {
 	t.Helper()
+	var result solved
+	steps, _, err := r.watched(t, func(ctx context.Context, c *client.Client, updates chan *client.SolveStatus) error {
+		response, err := c.Solve(ctx, def, opt, updates)
+		if response != nil {
+			result.response = response.ExporterResponse
+		}
+		return err
+	})
+	result.steps = steps
+	return result, err
+}
+
+// watched runs a build by BuildKit's Go client, and returns the names of its steps and its warnings, one a line.
+func (r rig) watched(t *testing.T, build func(context.Context, *client.Client, chan *client.SolveStatus) error) (steps, warnings string, err error) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
 	defer cancel()
 	c, err := client.New(ctx, r.Addr)
@@ -47,28 +62,23 @@ func (r rig) goClient(t *testing.T, def *llb.Definition, opt client.SolveOpt) (s
 		t.Fatal(err)
 	}
 	defer c.Close()
-	var result solved
-	var steps strings.Builder
+	var names, warned strings.Builder
 	updates := make(chan *client.SolveStatus)
 	var both errgroup.Group
 	both.Go(func() error {
-		for update := range updates { // Solve closes it
+		for update := range updates { // the client closes it
 			for _, v := range update.Vertexes {
-				steps.WriteString(v.Name + "\n")
+				names.WriteString(v.Name + "\n")
+			}
+			for _, w := range update.Warnings {
+				warned.WriteString("warning: " + string(w.Short) + "\n")
 			}
 		}
 		return nil
 	})
-	both.Go(func() error {
-		response, err := c.Solve(ctx, def, opt, updates)
-		if response != nil {
-			result.response = response.ExporterResponse
-		}
-		return err
-	})
+	both.Go(func() error { return build(ctx, c, updates) })
 	err = both.Wait()
-	result.steps = steps.String()
-	return result, err
+	return names.String(), warned.String(), err
 }
 
 func (r rig) pushTo(tag string) []client.ExportEntry {

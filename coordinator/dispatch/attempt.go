@@ -2,14 +2,12 @@ package dispatch
 
 import (
 	"context"
-	"maps"
-	"slices"
-	"strings"
 	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client/buildid"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"go.opentelemetry.io/otel/propagation"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
@@ -21,8 +19,9 @@ const (
 	// statusGrace bounds the wait for the rest of a worker's status stream once
 	// its solve has ended.
 	statusGrace = 3 * time.Second
-	// timestampHeader carries the worker's clock (BuildKit control/control.go).
-	timestampHeader = "buildkit-current-timestamp"
+	// TimestampHeader carries a daemon's clock, in RFC 3339 with nanoseconds, on its
+	// streams of progress and history (BuildKit control/control.go).
+	TimestampHeader = "buildkit-current-timestamp"
 )
 
 // Attempt is one try of a leg on one worker: a solve of its own there, with its
@@ -100,7 +99,7 @@ func (a *Attempt) follow(ctx context.Context, to observer) {
 // clockSkew is what must be added to a worker's times to make them the
 // coordinator's.
 func clockSkew(header metadata.MD, now time.Time) (time.Duration, bool) {
-	values := header.Get(timestampHeader)
+	values := header.Get(TimestampHeader)
 	if len(values) != 1 {
 		return 0, false
 	}
@@ -171,16 +170,7 @@ func call[Req, Resp any](ctx context.Context, a *Attempt, f func(context.Context
 // outgoing drops the client's metadata, which names the farm's build, not the
 // leg's; but what the worker traces is part of the client's trace.
 func outgoing(ctx context.Context) context.Context {
-	md := metadata.MD{}
-	trace.Propagator.Inject(ctx, carrier(md))
-	return metadata.NewOutgoingContext(ctx, md)
+	keys := propagation.MapCarrier{}
+	trace.Propagator.Inject(ctx, keys)
+	return metadata.NewOutgoingContext(ctx, metadata.New(keys))
 }
-
-// carrier writes the keys that join the spans of both ends of a call.
-type carrier metadata.MD
-
-func (c carrier) Get(key string) string { return strings.Join(metadata.MD(c).Get(key), ",") }
-
-func (c carrier) Set(key, value string) { metadata.MD(c).Set(key, value) }
-
-func (c carrier) Keys() []string { return slices.Collect(maps.Keys(c)) }

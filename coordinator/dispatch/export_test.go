@@ -31,7 +31,7 @@ func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream 
 		d.blobs[dgst.String()] = blob
 		results[int64(i)] = &controlapi.Descriptor{MediaType: ocispecs.MediaTypeImageIndex, Digest: dgst.String(), Size: int64(len(blob))}
 	}
-	return stream.Send(&controlapi.BuildHistoryEvent{Record: &controlapi.BuildHistoryRecord{
+	return stream.Send(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: &controlapi.BuildHistoryRecord{
 		Ref: req.GetRef(), Result: &controlapi.BuildResultInfo{Results: results},
 	}})
 }

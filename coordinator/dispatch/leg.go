@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,7 +14,6 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
-	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -24,6 +21,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/coordinator/history"
 	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
@@ -169,7 +167,7 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 	defer l.busy()()
 	evaluate := req.GetEvaluate()
 	if evaluate || !req.GetAllowResultArrayRef() {
-		req = cloneSolve(req)
+		req = split.Clone(req)
 		req.Evaluate, req.AllowResultArrayRef = false, true // the older form has no definitions to check
 	}
 	for _, id := range localSessions(req.GetFrontendOpt()) {
@@ -255,7 +253,7 @@ func (l *leg) images(ctx context.Context, response map[string]string, plan *spli
 					return nil, err
 				}
 			}
-			desc, err = l.described(recorded[int64(e.Exporter)])
+			desc, err = described(recorded[int64(e.Exporter)])
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: what worker %s exported: %w", l, l.worker.Name, err)
@@ -271,27 +269,20 @@ func (l *leg) images(ctx context.Context, response map[string]string, plan *spli
 
 // recorded lists, by exporter, the images in the worker's record of the attempt.
 func (l *leg) recorded(ctx context.Context) (map[int64]*controlapi.Descriptor, error) {
-	stream, err := l.attempt.control.ListenBuildHistory(ctx, &controlapi.BuildHistoryRequest{Ref: l.attempt.ref, EarlyExit: true})
+	record, err := history.RecordOf(ctx, l.attempt.control, l.attempt.ref)
 	if err != nil {
 		return nil, err
 	}
-	for {
-		event, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil, status.Errorf(codes.FailedPrecondition, "%s: worker %s keeps no build history, by which several image exporters are told apart: allow it at least a few entries ([history] in its buildkitd.toml), or export one image", l, l.worker.Name)
-		}
-		if err != nil {
-			return nil, err
-		}
-		if results := event.GetRecord().GetResult().GetResults(); event.GetRecord().GetRef() == l.attempt.ref && results != nil {
-			return results, nil
-		}
+	results := record.GetResult().GetResults()
+	if results == nil {
+		return nil, status.Errorf(codes.FailedPrecondition, "%s: worker %s keeps no build history, by which several image exporters are told apart: allow it at least a few entries ([history] in its buildkitd.toml), or export one image", l, l.worker.Name)
 	}
+	return results, nil
 }
 
 // described reads a descriptor of a record.
-func (l *leg) described(d *controlapi.Descriptor) (ocispecs.Descriptor, error) {
-	desc := ocispecs.Descriptor{MediaType: d.GetMediaType(), Digest: digest.Digest(d.GetDigest()), Size: d.GetSize(), Annotations: d.GetAnnotations()}
+func described(d *controlapi.Descriptor) (ocispecs.Descriptor, error) {
+	desc := history.Descriptor(d)
 	return desc, export.CheckDescriptor(desc)
 }
 
@@ -327,12 +318,3 @@ func (l *leg) solved(err error) {
 type sessionWorker struct{ *fleet.Worker }
 
 func (w sessionWorker) Dial(ctx context.Context) (session.Conn, error) { return w.Worker.Dial(ctx) }
-
-func cloneSolve(req *gwpb.SolveRequest) *gwpb.SolveRequest {
-	return &gwpb.SolveRequest{
-		Definition: req.GetDefinition(), Frontend: req.GetFrontend(), FrontendOpt: maps.Clone(req.GetFrontendOpt()),
-		AllowResultReturn: req.GetAllowResultReturn(), AllowResultArrayRef: req.GetAllowResultArrayRef(),
-		Final: req.GetFinal(), ExporterAttr: req.GetExporterAttr(), CacheImports: req.GetCacheImports(),
-		FrontendInputs: req.GetFrontendInputs(), Evaluate: req.GetEvaluate(), SourcePolicies: req.GetSourcePolicies(),
-	}
-}

@@ -12,12 +12,10 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/coordinator/dispatch"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/history"
 )
-
-// timestampHeader is BuildKit's (control/control.go).
-const timestampHeader = "buildkit-current-timestamp"
 
 // Status streams a build's progress until the build has ended, or what the
 // history keeps of it.
@@ -50,7 +48,7 @@ func (c *Control) UpdateBuildHistory(ctx context.Context, req *controlapi.Update
 
 // sendTimestamp tells the coordinator's clock, which clients correct theirs by.
 func sendTimestamp(stream grpc.ServerStream) error {
-	return stream.SendHeader(metadata.Pairs(timestampHeader, time.Now().Format(time.RFC3339Nano)))
+	return stream.SendHeader(metadata.Pairs(dispatch.TimestampHeader, time.Now().Format(time.RFC3339Nano)))
 }
 
 // Content serves containerd's Content, read-only: what build records name.

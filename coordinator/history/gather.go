@@ -33,7 +33,7 @@ func (r *Recorder) gather(ctx context.Context) extent {
 	g.extent.Legs = r.outcome.legs
 	homes := g.homes(ctx)
 	for _, d := range named(r.record) {
-		g.take(ctx, ociDescriptor(d), homes, 0)
+		g.take(ctx, Descriptor(d), homes, 0)
 	}
 	return g.extent
 }
@@ -49,7 +49,7 @@ func (g *gathering) homes(ctx context.Context) map[digest.Digest]source {
 		}
 		for _, info := range infos(l.record) {
 			for _, d := range append(slices.Collect(maps.Values(info.GetResults())), info.GetAttestations()...) {
-				desc := ociDescriptor(d)
+				desc := Descriptor(d)
 				homes[desc.Digest] = g.sources[i]
 				for _, child := range g.children(ctx, g.sources[i], desc).Manifests {
 					homes[child.Digest] = g.sources[i]

@@ -318,7 +318,7 @@ func (h *History) Status(ctx context.Context, ref string, send func(*controlapi.
 	if record.GetLogs() == nil {
 		return true, nil
 	}
-	ra, err := h.store.blobs.ReaderAt(ctx, ociDescriptor(record.GetLogs()))
+	ra, err := h.store.blobs.ReaderAt(ctx, Descriptor(record.GetLogs()))
 	if err != nil {
 		return true, fmt.Errorf("reading the logs of build %s: %w", ref, err)
 	}
@@ -350,7 +350,8 @@ func (h *History) tell(e *controlapi.BuildHistoryEvent) {
 	}
 }
 
-func ociDescriptor(d *controlapi.Descriptor) ocispecs.Descriptor {
+// Descriptor is a record's descriptor in OCI's form. It is not checked.
+func Descriptor(d *controlapi.Descriptor) ocispecs.Descriptor {
 	return ocispecs.Descriptor{MediaType: d.GetMediaType(), Digest: digest.Digest(d.GetDigest()), Size: d.GetSize(), Annotations: d.GetAnnotations()}
 }
 

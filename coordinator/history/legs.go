@@ -14,7 +14,6 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
 )
 
 // legKey begins the names under which a record's ExporterResponse tells the
@@ -39,7 +38,7 @@ func (r *Recorder) fetch(ctx context.Context, l *legRecord) {
 		log.Warn("the build history lacks what a worker knows", "error", err)
 		return
 	}
-	record, err := recordOf(ctx, conn, l.Ref)
+	record, err := RecordOf(ctx, controlapi.NewControlClient(conn), l.Ref)
 	if err != nil || record == nil {
 		log.Warn("the build history lacks what a worker knows", "error", err)
 		return
@@ -50,7 +49,7 @@ func (r *Recorder) fetch(ctx context.Context, l *legRecord) {
 	for _, info := range infos(record) {
 		for _, d := range info.GetAttestations() {
 			copying.Go(func() error {
-				if err := r.copy(ctx, provider, ociDescriptor(d)); err != nil {
+				if err := r.copy(ctx, provider, Descriptor(d)); err != nil {
 					log.Warn("the build history lacks an attestation", "digest", d.GetDigest(), "error", err)
 				}
 				return nil
@@ -73,11 +72,11 @@ func (r *Recorder) copy(ctx context.Context, from content.Provider, desc ocispec
 	return err
 }
 
-// recordOf returns a daemon's record of an ended build; nil when it has none.
-func recordOf(ctx context.Context, conn grpc.ClientConnInterface, ref string) (*controlapi.BuildHistoryRecord, error) {
+// RecordOf returns a daemon's record of an ended build; nil when it has none.
+func RecordOf(ctx context.Context, daemon controlapi.ControlClient, ref string) (*controlapi.BuildHistoryRecord, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := controlapi.NewControlClient(conn).ListenBuildHistory(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true})
+	stream, err := daemon.ListenBuildHistory(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true})
 	if err != nil {
 		return nil, err
 	}

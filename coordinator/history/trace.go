@@ -113,11 +113,11 @@ func (h *History) legTrace(ctx context.Context, l Leg) ([]byte, error) {
 	if _, err := controlapi.NewControlClient(conn).UpdateBuildHistory(ctx, &controlapi.UpdateBuildHistoryRequest{Ref: l.Ref, Finalize: true}); err != nil {
 		return nil, err
 	}
-	record, err := recordOf(ctx, conn, l.Ref)
+	record, err := RecordOf(ctx, controlapi.NewControlClient(conn), l.Ref)
 	if err != nil || record.GetTrace() == nil {
 		return nil, err
 	}
-	return read(ctx, proxy.NewContentStore(contentapi.NewContentClient(conn)), ociDescriptor(record.GetTrace()), maxTrace)
+	return read(ctx, proxy.NewContentStore(contentapi.NewContentClient(conn)), Descriptor(record.GetTrace()), maxTrace)
 }
 
 func (h *History) addTrace(ctx context.Context, ref string, t *spanSet) error {

@@ -143,12 +143,8 @@ func parseCacheImports(list string) ([]*gwpb.CacheOptionsEntry, error) {
 // FrontendRequest returns a frontend request as one leg of several sends it.
 // Errors are InvalidArgument.
 func (l Leg) FrontendRequest(req *gwpb.SolveRequest) (*gwpb.SolveRequest, error) {
-	out := &gwpb.SolveRequest{
-		Definition: req.GetDefinition(), Frontend: req.GetFrontend(), FrontendOpt: l.FrontendOpt(req.GetFrontendOpt()),
-		AllowResultReturn: req.GetAllowResultReturn(), AllowResultArrayRef: req.GetAllowResultArrayRef(),
-		Final: req.GetFinal(), ExporterAttr: req.GetExporterAttr(), CacheImports: l.cacheImports(req.GetCacheImports()),
-		FrontendInputs: req.GetFrontendInputs(), Evaluate: req.GetEvaluate(), SourcePolicies: req.GetSourcePolicies(),
-	}
+	out := Clone(req)
+	out.FrontendOpt, out.CacheImports = l.FrontendOpt(req.GetFrontendOpt()), l.cacheImports(req.GetCacheImports())
 	imports, err := parseCacheImports(req.GetFrontendOpt()[optCacheImports])
 	if err != nil || imports == nil {
 		return out, err
@@ -159,4 +155,15 @@ func (l Leg) FrontendRequest(req *gwpb.SolveRequest) (*gwpb.SolveRequest, error)
 	}
 	out.FrontendOpt[optCacheImports] = string(list)
 	return out, nil
+}
+
+// Clone returns a copy of a frontend request of which every field, and every option,
+// may be replaced.
+func Clone(req *gwpb.SolveRequest) *gwpb.SolveRequest {
+	return &gwpb.SolveRequest{
+		Definition: req.GetDefinition(), Frontend: req.GetFrontend(), FrontendOpt: maps.Clone(req.GetFrontendOpt()),
+		AllowResultReturn: req.GetAllowResultReturn(), AllowResultArrayRef: req.GetAllowResultArrayRef(),
+		Final: req.GetFinal(), ExporterAttr: req.GetExporterAttr(), CacheImports: req.GetCacheImports(),
+		FrontendInputs: req.GetFrontendInputs(), Evaluate: req.GetEvaluate(), SourcePolicies: req.GetSourcePolicies(),
+	}
 }
