@@ -11,6 +11,7 @@ package archfarmv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -34,6 +35,9 @@ const (
 	Worker_STATE_DRAINING Worker_State = 2
 	// Is attached, but its BuildKit daemon does not answer.
 	Worker_STATE_UNAVAILABLE Worker_State = 3
+	// Takes nothing new until an operator, or the agent that found its disk full,
+	// uncordons it.
+	Worker_STATE_CORDONED Worker_State = 4
 )
 
 // Enum value maps for Worker_State.
@@ -43,12 +47,14 @@ var (
 		1: "STATE_READY",
 		2: "STATE_DRAINING",
 		3: "STATE_UNAVAILABLE",
+		4: "STATE_CORDONED",
 	}
 	Worker_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
 		"STATE_READY":       1,
 		"STATE_DRAINING":    2,
 		"STATE_UNAVAILABLE": 3,
+		"STATE_CORDONED":    4,
 	}
 )
 
@@ -77,6 +83,114 @@ func (x Worker_State) Number() protoreflect.EnumNumber {
 // Deprecated: Use Worker_State.Descriptor instead.
 func (Worker_State) EnumDescriptor() ([]byte, []int) {
 	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{2, 0}
+}
+
+type ChangeGossipKeysRequest_Action int32
+
+const (
+	ChangeGossipKeysRequest_ACTION_UNSPECIFIED ChangeGossipKeysRequest_Action = 0
+	ChangeGossipKeysRequest_ACTION_LIST        ChangeGossipKeysRequest_Action = 1
+	ChangeGossipKeysRequest_ACTION_INSTALL     ChangeGossipKeysRequest_Action = 2
+	ChangeGossipKeysRequest_ACTION_USE         ChangeGossipKeysRequest_Action = 3
+	ChangeGossipKeysRequest_ACTION_REMOVE      ChangeGossipKeysRequest_Action = 4
+)
+
+// Enum value maps for ChangeGossipKeysRequest_Action.
+var (
+	ChangeGossipKeysRequest_Action_name = map[int32]string{
+		0: "ACTION_UNSPECIFIED",
+		1: "ACTION_LIST",
+		2: "ACTION_INSTALL",
+		3: "ACTION_USE",
+		4: "ACTION_REMOVE",
+	}
+	ChangeGossipKeysRequest_Action_value = map[string]int32{
+		"ACTION_UNSPECIFIED": 0,
+		"ACTION_LIST":        1,
+		"ACTION_INSTALL":     2,
+		"ACTION_USE":         3,
+		"ACTION_REMOVE":      4,
+	}
+)
+
+func (x ChangeGossipKeysRequest_Action) Enum() *ChangeGossipKeysRequest_Action {
+	p := new(ChangeGossipKeysRequest_Action)
+	*p = x
+	return p
+}
+
+func (x ChangeGossipKeysRequest_Action) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ChangeGossipKeysRequest_Action) Descriptor() protoreflect.EnumDescriptor {
+	return file_archfarm_v1_fleet_proto_enumTypes[1].Descriptor()
+}
+
+func (ChangeGossipKeysRequest_Action) Type() protoreflect.EnumType {
+	return &file_archfarm_v1_fleet_proto_enumTypes[1]
+}
+
+func (x ChangeGossipKeysRequest_Action) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ChangeGossipKeysRequest_Action.Descriptor instead.
+func (ChangeGossipKeysRequest_Action) EnumDescriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{14, 0}
+}
+
+type CreateTokenRequest_Kind int32
+
+const (
+	CreateTokenRequest_KIND_UNSPECIFIED CreateTokenRequest_Kind = 0
+	CreateTokenRequest_KIND_WORKER      CreateTokenRequest_Kind = 1
+	CreateTokenRequest_KIND_CLIENT      CreateTokenRequest_Kind = 2
+	// A client that may also manage the farm.
+	CreateTokenRequest_KIND_ADMIN CreateTokenRequest_Kind = 3
+)
+
+// Enum value maps for CreateTokenRequest_Kind.
+var (
+	CreateTokenRequest_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_WORKER",
+		2: "KIND_CLIENT",
+		3: "KIND_ADMIN",
+	}
+	CreateTokenRequest_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_WORKER":      1,
+		"KIND_CLIENT":      2,
+		"KIND_ADMIN":       3,
+	}
+)
+
+func (x CreateTokenRequest_Kind) Enum() *CreateTokenRequest_Kind {
+	p := new(CreateTokenRequest_Kind)
+	*p = x
+	return p
+}
+
+func (x CreateTokenRequest_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CreateTokenRequest_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_archfarm_v1_fleet_proto_enumTypes[2].Descriptor()
+}
+
+func (CreateTokenRequest_Kind) Type() protoreflect.EnumType {
+	return &file_archfarm_v1_fleet_proto_enumTypes[2]
+}
+
+func (x CreateTokenRequest_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CreateTokenRequest_Kind.Descriptor instead.
+func (CreateTokenRequest_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{17, 0}
 }
 
 type Refused_Cause int32
@@ -117,11 +231,11 @@ func (x Refused_Cause) String() string {
 }
 
 func (Refused_Cause) Descriptor() protoreflect.EnumDescriptor {
-	return file_archfarm_v1_fleet_proto_enumTypes[1].Descriptor()
+	return file_archfarm_v1_fleet_proto_enumTypes[3].Descriptor()
 }
 
 func (Refused_Cause) Type() protoreflect.EnumType {
-	return &file_archfarm_v1_fleet_proto_enumTypes[1]
+	return &file_archfarm_v1_fleet_proto_enumTypes[3]
 }
 
 func (x Refused_Cause) Number() protoreflect.EnumNumber {
@@ -130,7 +244,62 @@ func (x Refused_Cause) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Refused_Cause.Descriptor instead.
 func (Refused_Cause) EnumDescriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{7, 0}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{34, 0}
+}
+
+type WorkerChange_Action int32
+
+const (
+	WorkerChange_ACTION_UNSPECIFIED WorkerChange_Action = 0
+	// Finish what runs, take nothing new; the worker shows as draining.
+	WorkerChange_ACTION_DRAIN WorkerChange_Action = 1
+	// Take nothing new; the worker shows as cordoned.
+	WorkerChange_ACTION_CORDON WorkerChange_Action = 2
+	// Take attempts again.
+	WorkerChange_ACTION_UNCORDON WorkerChange_Action = 3
+)
+
+// Enum value maps for WorkerChange_Action.
+var (
+	WorkerChange_Action_name = map[int32]string{
+		0: "ACTION_UNSPECIFIED",
+		1: "ACTION_DRAIN",
+		2: "ACTION_CORDON",
+		3: "ACTION_UNCORDON",
+	}
+	WorkerChange_Action_value = map[string]int32{
+		"ACTION_UNSPECIFIED": 0,
+		"ACTION_DRAIN":       1,
+		"ACTION_CORDON":      2,
+		"ACTION_UNCORDON":    3,
+	}
+)
+
+func (x WorkerChange_Action) Enum() *WorkerChange_Action {
+	p := new(WorkerChange_Action)
+	*p = x
+	return p
+}
+
+func (x WorkerChange_Action) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (WorkerChange_Action) Descriptor() protoreflect.EnumDescriptor {
+	return file_archfarm_v1_fleet_proto_enumTypes[4].Descriptor()
+}
+
+func (WorkerChange_Action) Type() protoreflect.EnumType {
+	return &file_archfarm_v1_fleet_proto_enumTypes[4]
+}
+
+func (x WorkerChange_Action) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use WorkerChange_Action.Descriptor instead.
+func (WorkerChange_Action) EnumDescriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{39, 0}
 }
 
 type ListWorkersRequest struct {
@@ -228,10 +397,17 @@ type Worker struct {
 	BuildkitVersion string `protobuf:"bytes,6,opt,name=buildkit_version,json=buildkitVersion,proto3" json:"buildkit_version,omitempty"`
 	// When the worker attached to this coordinator.
 	Since *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
-	// Why the worker is in its state, empty when it is ready.
+	// Why the worker is in its state, or why it takes less than it could.
 	Reason string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Operating system and architecture of the machine that the agent runs on.
-	Machine       string `protobuf:"bytes,9,opt,name=machine,proto3" json:"machine,omitempty"`
+	Machine string `protobuf:"bytes,9,opt,name=machine,proto3" json:"machine,omitempty"`
+	// Pool that the worker belongs to.
+	Pool string `protobuf:"bytes,10,opt,name=pool,proto3" json:"pool,omitempty"`
+	// What the operator says of the worker.
+	Labels map[string]string `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Platforms that the machine can only emulate.
+	Emulated      []string `protobuf:"bytes,12,rep,name=emulated,proto3" json:"emulated,omitempty"`
+	Load          *Load    `protobuf:"bytes,13,opt,name=load,proto3" json:"load,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -329,6 +505,157 @@ func (x *Worker) GetMachine() string {
 	return ""
 }
 
+func (x *Worker) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *Worker) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Worker) GetEmulated() []string {
+	if x != nil {
+		return x.Emulated
+	}
+	return nil
+}
+
+func (x *Worker) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+// Load is how busy a worker's machine is. What the machine does not tell is absent.
+type Load struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Share of the CPUs that was busy since the last report, 0 to 1.
+	Cpu                  *float64 `protobuf:"fixed64,1,opt,name=cpu,proto3,oneof" json:"cpu,omitempty"`
+	MemoryTotalBytes     uint64   `protobuf:"varint,2,opt,name=memory_total_bytes,json=memoryTotalBytes,proto3" json:"memory_total_bytes,omitempty"`
+	MemoryAvailableBytes uint64   `protobuf:"varint,3,opt,name=memory_available_bytes,json=memoryAvailableBytes,proto3" json:"memory_available_bytes,omitempty"`
+	// The disk that holds BuildKit's state.
+	DiskTotalBytes uint64 `protobuf:"varint,4,opt,name=disk_total_bytes,json=diskTotalBytes,proto3" json:"disk_total_bytes,omitempty"`
+	DiskFreeBytes  uint64 `protobuf:"varint,5,opt,name=disk_free_bytes,json=diskFreeBytes,proto3" json:"disk_free_bytes,omitempty"`
+	// What BuildKit's cache takes of it.
+	CacheBytes *uint64 `protobuf:"varint,6,opt,name=cache_bytes,json=cacheBytes,proto3,oneof" json:"cache_bytes,omitempty"`
+	// Pressure stall information: the share of the last 10 s in which some task
+	// waited for the resource, 0 to 1 (Linux, Documentation/accounting/psi.rst).
+	CpuPressure    *float64 `protobuf:"fixed64,7,opt,name=cpu_pressure,json=cpuPressure,proto3,oneof" json:"cpu_pressure,omitempty"`
+	MemoryPressure *float64 `protobuf:"fixed64,8,opt,name=memory_pressure,json=memoryPressure,proto3,oneof" json:"memory_pressure,omitempty"`
+	IoPressure     *float64 `protobuf:"fixed64,9,opt,name=io_pressure,json=ioPressure,proto3,oneof" json:"io_pressure,omitempty"`
+	// Processes that the kernel has killed for want of memory since it booted.
+	OomKills      *uint64 `protobuf:"varint,10,opt,name=oom_kills,json=oomKills,proto3,oneof" json:"oom_kills,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Load) Reset() {
+	*x = Load{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Load) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Load) ProtoMessage() {}
+
+func (x *Load) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Load.ProtoReflect.Descriptor instead.
+func (*Load) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Load) GetCpu() float64 {
+	if x != nil && x.Cpu != nil {
+		return *x.Cpu
+	}
+	return 0
+}
+
+func (x *Load) GetMemoryTotalBytes() uint64 {
+	if x != nil {
+		return x.MemoryTotalBytes
+	}
+	return 0
+}
+
+func (x *Load) GetMemoryAvailableBytes() uint64 {
+	if x != nil {
+		return x.MemoryAvailableBytes
+	}
+	return 0
+}
+
+func (x *Load) GetDiskTotalBytes() uint64 {
+	if x != nil {
+		return x.DiskTotalBytes
+	}
+	return 0
+}
+
+func (x *Load) GetDiskFreeBytes() uint64 {
+	if x != nil {
+		return x.DiskFreeBytes
+	}
+	return 0
+}
+
+func (x *Load) GetCacheBytes() uint64 {
+	if x != nil && x.CacheBytes != nil {
+		return *x.CacheBytes
+	}
+	return 0
+}
+
+func (x *Load) GetCpuPressure() float64 {
+	if x != nil && x.CpuPressure != nil {
+		return *x.CpuPressure
+	}
+	return 0
+}
+
+func (x *Load) GetMemoryPressure() float64 {
+	if x != nil && x.MemoryPressure != nil {
+		return *x.MemoryPressure
+	}
+	return 0
+}
+
+func (x *Load) GetIoPressure() float64 {
+	if x != nil && x.IoPressure != nil {
+		return *x.IoPressure
+	}
+	return 0
+}
+
+func (x *Load) GetOomKills() uint64 {
+	if x != nil && x.OomKills != nil {
+		return *x.OomKills
+	}
+	return 0
+}
+
 // Slots count the attempts that a worker has room for.
 type Slots struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -340,7 +667,7 @@ type Slots struct {
 
 func (x *Slots) Reset() {
 	*x = Slots{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[3]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -352,7 +679,7 @@ func (x *Slots) String() string {
 func (*Slots) ProtoMessage() {}
 
 func (x *Slots) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[3]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -365,7 +692,7 @@ func (x *Slots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Slots.ProtoReflect.Descriptor instead.
 func (*Slots) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{3}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Slots) GetTotal() uint32 {
@@ -382,6 +709,1449 @@ func (x *Slots) GetUsed() uint32 {
 	return 0
 }
 
+type ChangeWorkerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Change        *WorkerChange          `protobuf:"bytes,2,opt,name=change,proto3" json:"change,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeWorkerRequest) Reset() {
+	*x = ChangeWorkerRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeWorkerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeWorkerRequest) ProtoMessage() {}
+
+func (x *ChangeWorkerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeWorkerRequest.ProtoReflect.Descriptor instead.
+func (*ChangeWorkerRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ChangeWorkerRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ChangeWorkerRequest) GetChange() *WorkerChange {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+type ChangeWorkerResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Worker        *Worker                `protobuf:"bytes,1,opt,name=worker,proto3" json:"worker,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeWorkerResponse) Reset() {
+	*x = ChangeWorkerResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeWorkerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeWorkerResponse) ProtoMessage() {}
+
+func (x *ChangeWorkerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeWorkerResponse.ProtoReflect.Descriptor instead.
+func (*ChangeWorkerResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ChangeWorkerResponse) GetWorker() *Worker {
+	if x != nil {
+		return x.Worker
+	}
+	return nil
+}
+
+type ListQueueRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListQueueRequest) Reset() {
+	*x = ListQueueRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListQueueRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListQueueRequest) ProtoMessage() {}
+
+func (x *ListQueueRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListQueueRequest.ProtoReflect.Descriptor instead.
+func (*ListQueueRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{7}
+}
+
+type ListQueueResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Legs          []*QueuedLeg           `protobuf:"bytes,1,rep,name=legs,proto3" json:"legs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListQueueResponse) Reset() {
+	*x = ListQueueResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListQueueResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListQueueResponse) ProtoMessage() {}
+
+func (x *ListQueueResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListQueueResponse.ProtoReflect.Descriptor instead.
+func (*ListQueueResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ListQueueResponse) GetLegs() []*QueuedLeg {
+	if x != nil {
+		return x.Legs
+	}
+	return nil
+}
+
+// QueuedLeg is a leg that waits for a worker.
+type QueuedLeg struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The build's reference.
+	Build    string `protobuf:"bytes,1,opt,name=build,proto3" json:"build,omitempty"`
+	Platform string `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	// Pools that it may run in; empty: any.
+	Pools  []string               `protobuf:"bytes,3,rep,name=pools,proto3" json:"pools,omitempty"`
+	Tenant string                 `protobuf:"bytes,4,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Since  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
+	// Legs ahead that compete for the same workers.
+	Ahead         uint32 `protobuf:"varint,6,opt,name=ahead,proto3" json:"ahead,omitempty"`
+	Reason        string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueuedLeg) Reset() {
+	*x = QueuedLeg{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueuedLeg) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueuedLeg) ProtoMessage() {}
+
+func (x *QueuedLeg) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueuedLeg.ProtoReflect.Descriptor instead.
+func (*QueuedLeg) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *QueuedLeg) GetBuild() string {
+	if x != nil {
+		return x.Build
+	}
+	return ""
+}
+
+func (x *QueuedLeg) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *QueuedLeg) GetPools() []string {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *QueuedLeg) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *QueuedLeg) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *QueuedLeg) GetAhead() uint32 {
+	if x != nil {
+		return x.Ahead
+	}
+	return 0
+}
+
+func (x *QueuedLeg) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Subject:
+	//
+	//	*ExplainRequest_Build
+	//	*ExplainRequest_Platform
+	Subject isExplainRequest_Subject `protobuf_oneof:"subject"`
+	// Pool to ask for with a platform; empty: any that the caller may use.
+	Pool          string `protobuf:"bytes,3,opt,name=pool,proto3" json:"pool,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ExplainRequest) GetSubject() isExplainRequest_Subject {
+	if x != nil {
+		return x.Subject
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetBuild() string {
+	if x != nil {
+		if x, ok := x.Subject.(*ExplainRequest_Build); ok {
+			return x.Build
+		}
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetPlatform() string {
+	if x != nil {
+		if x, ok := x.Subject.(*ExplainRequest_Platform); ok {
+			return x.Platform
+		}
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+type isExplainRequest_Subject interface {
+	isExplainRequest_Subject()
+}
+
+type ExplainRequest_Build struct {
+	Build string `protobuf:"bytes,1,opt,name=build,proto3,oneof"`
+}
+
+type ExplainRequest_Platform struct {
+	Platform string `protobuf:"bytes,2,opt,name=platform,proto3,oneof"`
+}
+
+func (*ExplainRequest_Build) isExplainRequest_Subject() {}
+
+func (*ExplainRequest_Platform) isExplainRequest_Subject() {}
+
+type ExplainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Legs          []*LegExplanation      `protobuf:"bytes,1,rep,name=legs,proto3" json:"legs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ExplainResponse) GetLegs() []*LegExplanation {
+	if x != nil {
+		return x.Legs
+	}
+	return nil
+}
+
+// LegExplanation says where one leg stands.
+type LegExplanation struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Platform string                 `protobuf:"bytes,1,opt,name=platform,proto3" json:"platform,omitempty"`
+	// Where it runs; empty while it waits.
+	Worker string `protobuf:"bytes,2,opt,name=worker,proto3" json:"worker,omitempty"`
+	// One line for people: "waiting 12 s: mac-2 is warm and frees up in about 20 s;
+	// 2 others are draining".
+	Summary string `protobuf:"bytes,3,opt,name=summary,proto3" json:"summary,omitempty"`
+	// One line for each worker: why it would be taken, or why not.
+	Workers       []*WorkerVerdict `protobuf:"bytes,4,rep,name=workers,proto3" json:"workers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LegExplanation) Reset() {
+	*x = LegExplanation{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LegExplanation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LegExplanation) ProtoMessage() {}
+
+func (x *LegExplanation) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LegExplanation.ProtoReflect.Descriptor instead.
+func (*LegExplanation) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *LegExplanation) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *LegExplanation) GetWorker() string {
+	if x != nil {
+		return x.Worker
+	}
+	return ""
+}
+
+func (x *LegExplanation) GetSummary() string {
+	if x != nil {
+		return x.Summary
+	}
+	return ""
+}
+
+func (x *LegExplanation) GetWorkers() []*WorkerVerdict {
+	if x != nil {
+		return x.Workers
+	}
+	return nil
+}
+
+type WorkerVerdict struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Worker        string                 `protobuf:"bytes,1,opt,name=worker,proto3" json:"worker,omitempty"`
+	Eligible      bool                   `protobuf:"varint,2,opt,name=eligible,proto3" json:"eligible,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkerVerdict) Reset() {
+	*x = WorkerVerdict{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkerVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkerVerdict) ProtoMessage() {}
+
+func (x *WorkerVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkerVerdict.ProtoReflect.Descriptor instead.
+func (*WorkerVerdict) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *WorkerVerdict) GetWorker() string {
+	if x != nil {
+		return x.Worker
+	}
+	return ""
+}
+
+func (x *WorkerVerdict) GetEligible() bool {
+	if x != nil {
+		return x.Eligible
+	}
+	return false
+}
+
+func (x *WorkerVerdict) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ChangeGossipKeysRequest struct {
+	state  protoimpl.MessageState         `protogen:"open.v1"`
+	Action ChangeGossipKeysRequest_Action `protobuf:"varint,1,opt,name=action,proto3,enum=archfarm.v1.ChangeGossipKeysRequest_Action" json:"action,omitempty"`
+	// The key: for INSTALL 16, 24 or 32 bytes, absent to have one made; for USE and
+	// REMOVE its id.
+	Key           []byte `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	KeyId         string `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeGossipKeysRequest) Reset() {
+	*x = ChangeGossipKeysRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeGossipKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeGossipKeysRequest) ProtoMessage() {}
+
+func (x *ChangeGossipKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeGossipKeysRequest.ProtoReflect.Descriptor instead.
+func (*ChangeGossipKeysRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ChangeGossipKeysRequest) GetAction() ChangeGossipKeysRequest_Action {
+	if x != nil {
+		return x.Action
+	}
+	return ChangeGossipKeysRequest_ACTION_UNSPECIFIED
+}
+
+func (x *ChangeGossipKeysRequest) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *ChangeGossipKeysRequest) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+type ChangeGossipKeysResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keys          []*GossipKey           `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeGossipKeysResponse) Reset() {
+	*x = ChangeGossipKeysResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeGossipKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeGossipKeysResponse) ProtoMessage() {}
+
+func (x *ChangeGossipKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeGossipKeysResponse.ProtoReflect.Descriptor instead.
+func (*ChangeGossipKeysResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ChangeGossipKeysResponse) GetKeys() []*GossipKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+// GossipKey names a key without telling it.
+type GossipKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The first 8 bytes of the key's SHA-256 sum, in hexadecimal.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Whether it encrypts.
+	Primary bool `protobuf:"varint,2,opt,name=primary,proto3" json:"primary,omitempty"`
+	// Attached workers that have confirmed it, and that have not.
+	Confirmed     uint32   `protobuf:"varint,3,opt,name=confirmed,proto3" json:"confirmed,omitempty"`
+	Missing       []string `protobuf:"bytes,4,rep,name=missing,proto3" json:"missing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKey) Reset() {
+	*x = GossipKey{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKey) ProtoMessage() {}
+
+func (x *GossipKey) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
+func (*GossipKey) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *GossipKey) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *GossipKey) GetPrimary() bool {
+	if x != nil {
+		return x.Primary
+	}
+	return false
+}
+
+func (x *GossipKey) GetConfirmed() uint32 {
+	if x != nil {
+		return x.Confirmed
+	}
+	return 0
+}
+
+func (x *GossipKey) GetMissing() []string {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+type CreateTokenRequest struct {
+	state protoimpl.MessageState  `protogen:"open.v1"`
+	Kind  CreateTokenRequest_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=archfarm.v1.CreateTokenRequest_Kind" json:"kind,omitempty"`
+	// How long the token is good; absent: one hour.
+	Ttl *durationpb.Duration `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// How often it may be used; 0: once.
+	Uses uint32 `protobuf:"varint,3,opt,name=uses,proto3" json:"uses,omitempty"`
+	// Pools of what joins with it: one for a worker; for a client those that it may
+	// use, none for any.
+	Pools []string `protobuf:"bytes,4,rep,name=pools,proto3" json:"pools,omitempty"`
+	// Tenant of a client; empty: "default".
+	Tenant string `protobuf:"bytes,5,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// The only name that it is good for; empty: any.
+	Name string `protobuf:"bytes,6,opt,name=name,proto3" json:"name,omitempty"`
+	// How long certificates are good; absent: 24 hours for a worker, 30 days for a
+	// client.
+	CertificateTtl *durationpb.Duration `protobuf:"bytes,7,opt,name=certificate_ttl,json=certificateTtl,proto3" json:"certificate_ttl,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *CreateTokenRequest) Reset() {
+	*x = CreateTokenRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateTokenRequest) ProtoMessage() {}
+
+func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
+func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *CreateTokenRequest) GetKind() CreateTokenRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return CreateTokenRequest_KIND_UNSPECIFIED
+}
+
+func (x *CreateTokenRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+func (x *CreateTokenRequest) GetUses() uint32 {
+	if x != nil {
+		return x.Uses
+	}
+	return 0
+}
+
+func (x *CreateTokenRequest) GetPools() []string {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *CreateTokenRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *CreateTokenRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateTokenRequest) GetCertificateTtl() *durationpb.Duration {
+	if x != nil {
+		return x.CertificateTtl
+	}
+	return nil
+}
+
+type CreateTokenResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The secret, shown once.
+	Token         string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	Info          *Token `protobuf:"bytes,2,opt,name=info,proto3" json:"info,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateTokenResponse) Reset() {
+	*x = CreateTokenResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateTokenResponse) ProtoMessage() {}
+
+func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
+func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *CreateTokenResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *CreateTokenResponse) GetInfo() *Token {
+	if x != nil {
+		return x.Info
+	}
+	return nil
+}
+
+// Token is what there is to know of a join token, but for its secret.
+type Token struct {
+	state         protoimpl.MessageState  `protogen:"open.v1"`
+	Id            string                  `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind          CreateTokenRequest_Kind `protobuf:"varint,2,opt,name=kind,proto3,enum=archfarm.v1.CreateTokenRequest_Kind" json:"kind,omitempty"`
+	Expires       *timestamppb.Timestamp  `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
+	UsesLeft      uint32                  `protobuf:"varint,4,opt,name=uses_left,json=usesLeft,proto3" json:"uses_left,omitempty"`
+	Pools         []string                `protobuf:"bytes,5,rep,name=pools,proto3" json:"pools,omitempty"`
+	Tenant        string                  `protobuf:"bytes,6,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Name          string                  `protobuf:"bytes,7,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Token) Reset() {
+	*x = Token{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Token) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Token) ProtoMessage() {}
+
+func (x *Token) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Token.ProtoReflect.Descriptor instead.
+func (*Token) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Token) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Token) GetKind() CreateTokenRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return CreateTokenRequest_KIND_UNSPECIFIED
+}
+
+func (x *Token) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *Token) GetUsesLeft() uint32 {
+	if x != nil {
+		return x.UsesLeft
+	}
+	return 0
+}
+
+func (x *Token) GetPools() []string {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *Token) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *Token) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListTokensRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTokensRequest) Reset() {
+	*x = ListTokensRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTokensRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTokensRequest) ProtoMessage() {}
+
+func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
+func (*ListTokensRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{20}
+}
+
+type ListTokensResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tokens        []*Token               `protobuf:"bytes,1,rep,name=tokens,proto3" json:"tokens,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTokensResponse) Reset() {
+	*x = ListTokensResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTokensResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTokensResponse) ProtoMessage() {}
+
+func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
+func (*ListTokensResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ListTokensResponse) GetTokens() []*Token {
+	if x != nil {
+		return x.Tokens
+	}
+	return nil
+}
+
+type DeleteTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteTokenRequest) Reset() {
+	*x = DeleteTokenRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteTokenRequest) ProtoMessage() {}
+
+func (x *DeleteTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteTokenRequest.ProtoReflect.Descriptor instead.
+func (*DeleteTokenRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *DeleteTokenRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type DeleteTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteTokenResponse) Reset() {
+	*x = DeleteTokenResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteTokenResponse) ProtoMessage() {}
+
+func (x *DeleteTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteTokenResponse.ProtoReflect.Descriptor instead.
+func (*DeleteTokenResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{23}
+}
+
+type JoinRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Token string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// PKCS #10 in DER. Its key counts, and nothing else of it.
+	CertificateRequest []byte `protobuf:"bytes,2,opt,name=certificate_request,json=certificateRequest,proto3" json:"certificate_request,omitempty"`
+	// Name that the certificate is for.
+	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinRequest) Reset() {
+	*x = JoinRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinRequest) ProtoMessage() {}
+
+func (x *JoinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
+func (*JoinRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *JoinRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *JoinRequest) GetCertificateRequest() []byte {
+	if x != nil {
+		return x.CertificateRequest
+	}
+	return nil
+}
+
+func (x *JoinRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type JoinResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In DER, leaf first, without the root.
+	Certificates [][]byte `protobuf:"bytes,1,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	// Roots that peers are verified with, in DER.
+	Roots [][]byte `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
+	// Addresses of coordinators, host:port.
+	Coordinators  []string `protobuf:"bytes,3,rep,name=coordinators,proto3" json:"coordinators,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinResponse) Reset() {
+	*x = JoinResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinResponse) ProtoMessage() {}
+
+func (x *JoinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
+func (*JoinResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *JoinResponse) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *JoinResponse) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *JoinResponse) GetCoordinators() []string {
+	if x != nil {
+		return x.Coordinators
+	}
+	return nil
+}
+
+type RenewRequest struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	CertificateRequest []byte                 `protobuf:"bytes,1,opt,name=certificate_request,json=certificateRequest,proto3" json:"certificate_request,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *RenewRequest) Reset() {
+	*x = RenewRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewRequest) ProtoMessage() {}
+
+func (x *RenewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
+func (*RenewRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *RenewRequest) GetCertificateRequest() []byte {
+	if x != nil {
+		return x.CertificateRequest
+	}
+	return nil
+}
+
+type RenewResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificates  [][]byte               `protobuf:"bytes,1,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	Roots         [][]byte               `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewResponse) Reset() {
+	*x = RenewResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewResponse) ProtoMessage() {}
+
+func (x *RenewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
+func (*RenewResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *RenewResponse) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *RenewResponse) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+type RevokeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Worker or client.
+	Kind          CreateTokenRequest_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=archfarm.v1.CreateTokenRequest_Kind" json:"kind,omitempty"`
+	Name          string                  `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeRequest) Reset() {
+	*x = RevokeRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeRequest) ProtoMessage() {}
+
+func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
+func (*RevokeRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *RevokeRequest) GetKind() CreateTokenRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return CreateTokenRequest_KIND_UNSPECIFIED
+}
+
+func (x *RevokeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RevokeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Certificates that were good until now.
+	Revoked       uint32 `protobuf:"varint,1,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeResponse) Reset() {
+	*x = RevokeResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeResponse) ProtoMessage() {}
+
+func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
+func (*RevokeResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *RevokeResponse) GetRevoked() uint32 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
 type AttachRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -389,6 +2159,7 @@ type AttachRequest struct {
 	//	*AttachRequest_Hello
 	//	*AttachRequest_Report
 	//	*AttachRequest_Refused
+	//	*AttachRequest_Done
 	Message       isAttachRequest_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -396,7 +2167,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[4]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +2179,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[4]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +2192,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{4}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AttachRequest) GetMessage() isAttachRequest_Message {
@@ -458,6 +2229,15 @@ func (x *AttachRequest) GetRefused() *Refused {
 	return nil
 }
 
+func (x *AttachRequest) GetDone() *Done {
+	if x != nil {
+		if x, ok := x.Message.(*AttachRequest_Done); ok {
+			return x.Done
+		}
+	}
+	return nil
+}
+
 type isAttachRequest_Message interface {
 	isAttachRequest_Message()
 }
@@ -474,11 +2254,17 @@ type AttachRequest_Refused struct {
 	Refused *Refused `protobuf:"bytes,3,opt,name=refused,proto3,oneof"`
 }
 
+type AttachRequest_Done struct {
+	Done *Done `protobuf:"bytes,4,opt,name=done,proto3,oneof"`
+}
+
 func (*AttachRequest_Hello) isAttachRequest_Message() {}
 
 func (*AttachRequest_Report) isAttachRequest_Message() {}
 
 func (*AttachRequest_Refused) isAttachRequest_Message() {}
+
+func (*AttachRequest_Done) isAttachRequest_Message() {}
 
 // Hello is the first message of an agent.
 type Hello struct {
@@ -489,13 +2275,17 @@ type Hello struct {
 	BuildkitVersion string                 `protobuf:"bytes,4,opt,name=buildkit_version,json=buildkitVersion,proto3" json:"buildkit_version,omitempty"`
 	Machine         string                 `protobuf:"bytes,5,opt,name=machine,proto3" json:"machine,omitempty"`
 	Report          *Report                `protobuf:"bytes,6,opt,name=report,proto3" json:"report,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Pool that the worker offers itself to; where it has a certificate, that of
+	// the certificate. Empty: "default".
+	Pool          string            `protobuf:"bytes,7,opt,name=pool,proto3" json:"pool,omitempty"`
+	Labels        map[string]string `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[5]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +2297,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[5]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +2310,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{5}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Hello) GetName() string {
@@ -565,19 +2355,35 @@ func (x *Hello) GetReport() *Report {
 	return nil
 }
 
+func (x *Hello) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *Hello) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 // Report is the present state of a worker, and its heartbeat.
 type Report struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slots         *Slots                 `protobuf:"bytes,1,opt,name=slots,proto3" json:"slots,omitempty"`
 	State         Worker_State           `protobuf:"varint,2,opt,name=state,proto3,enum=archfarm.v1.Worker_State" json:"state,omitempty"`
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Emulated      []string               `protobuf:"bytes,4,rep,name=emulated,proto3" json:"emulated,omitempty"`
+	Load          *Load                  `protobuf:"bytes,5,opt,name=load,proto3" json:"load,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[6]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -589,7 +2395,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[6]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -602,7 +2408,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{6}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Report) GetSlots() *Slots {
@@ -626,6 +2432,74 @@ func (x *Report) GetReason() string {
 	return ""
 }
 
+func (x *Report) GetEmulated() []string {
+	if x != nil {
+		return x.Emulated
+	}
+	return nil
+}
+
+func (x *Report) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+// Done answers a Directive.
+type Done struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	DirectiveId string                 `protobuf:"bytes,1,opt,name=directive_id,json=directiveId,proto3" json:"directive_id,omitempty"`
+	// Why it was not done; empty when it was.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Done) Reset() {
+	*x = Done{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Done) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Done) ProtoMessage() {}
+
+func (x *Done) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Done.ProtoReflect.Descriptor instead.
+func (*Done) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Done) GetDirectiveId() string {
+	if x != nil {
+		return x.DirectiveId
+	}
+	return ""
+}
+
+func (x *Done) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 // Refused answers an Open that the agent cannot serve.
 type Refused struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -638,7 +2512,7 @@ type Refused struct {
 
 func (x *Refused) Reset() {
 	*x = Refused{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[7]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -650,7 +2524,7 @@ func (x *Refused) String() string {
 func (*Refused) ProtoMessage() {}
 
 func (x *Refused) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[7]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -663,7 +2537,7 @@ func (x *Refused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refused.ProtoReflect.Descriptor instead.
 func (*Refused) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{7}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Refused) GetConnectionId() string {
@@ -693,6 +2567,7 @@ type AttachResponse struct {
 	//
 	//	*AttachResponse_Welcome
 	//	*AttachResponse_Open
+	//	*AttachResponse_Directive
 	Message       isAttachResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -700,7 +2575,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[8]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +2587,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[8]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +2600,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{8}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AttachResponse) GetMessage() isAttachResponse_Message {
@@ -753,6 +2628,15 @@ func (x *AttachResponse) GetOpen() *Open {
 	return nil
 }
 
+func (x *AttachResponse) GetDirective() *Directive {
+	if x != nil {
+		if x, ok := x.Message.(*AttachResponse_Directive); ok {
+			return x.Directive
+		}
+	}
+	return nil
+}
+
 type isAttachResponse_Message interface {
 	isAttachResponse_Message()
 }
@@ -765,9 +2649,262 @@ type AttachResponse_Open struct {
 	Open *Open `protobuf:"bytes,2,opt,name=open,proto3,oneof"`
 }
 
+type AttachResponse_Directive struct {
+	Directive *Directive `protobuf:"bytes,3,opt,name=directive,proto3,oneof"`
+}
+
 func (*AttachResponse_Welcome) isAttachResponse_Message() {}
 
 func (*AttachResponse_Open) isAttachResponse_Message() {}
+
+func (*AttachResponse_Directive) isAttachResponse_Message() {}
+
+// Directive tells the agent to do something; the agent answers with Done, after a
+// Report of what has changed.
+type Directive struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Types that are valid to be assigned to Action:
+	//
+	//	*Directive_Change
+	//	*Directive_GossipKeyring
+	//	*Directive_ReportNow
+	Action        isDirective_Action `protobuf_oneof:"action"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Directive) Reset() {
+	*x = Directive{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Directive) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Directive) ProtoMessage() {}
+
+func (x *Directive) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Directive.ProtoReflect.Descriptor instead.
+func (*Directive) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Directive) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Directive) GetAction() isDirective_Action {
+	if x != nil {
+		return x.Action
+	}
+	return nil
+}
+
+func (x *Directive) GetChange() *WorkerChange {
+	if x != nil {
+		if x, ok := x.Action.(*Directive_Change); ok {
+			return x.Change
+		}
+	}
+	return nil
+}
+
+func (x *Directive) GetGossipKeyring() *GossipKeyring {
+	if x != nil {
+		if x, ok := x.Action.(*Directive_GossipKeyring); ok {
+			return x.GossipKeyring
+		}
+	}
+	return nil
+}
+
+func (x *Directive) GetReportNow() *ReportNow {
+	if x != nil {
+		if x, ok := x.Action.(*Directive_ReportNow); ok {
+			return x.ReportNow
+		}
+	}
+	return nil
+}
+
+type isDirective_Action interface {
+	isDirective_Action()
+}
+
+type Directive_Change struct {
+	// Change is what an operator wants of the worker.
+	Change *WorkerChange `protobuf:"bytes,2,opt,name=change,proto3,oneof"`
+}
+
+type Directive_GossipKeyring struct {
+	// The keys of the farm's gossip, the one to encrypt with first.
+	GossipKeyring *GossipKeyring `protobuf:"bytes,3,opt,name=gossip_keyring,json=gossipKeyring,proto3,oneof"`
+}
+
+type Directive_ReportNow struct {
+	// Report now, with fresh readings.
+	ReportNow *ReportNow `protobuf:"bytes,4,opt,name=report_now,json=reportNow,proto3,oneof"`
+}
+
+func (*Directive_Change) isDirective_Action() {}
+
+func (*Directive_GossipKeyring) isDirective_Action() {}
+
+func (*Directive_ReportNow) isDirective_Action() {}
+
+type ReportNow struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportNow) Reset() {
+	*x = ReportNow{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportNow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportNow) ProtoMessage() {}
+
+func (x *ReportNow) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportNow.ProtoReflect.Descriptor instead.
+func (*ReportNow) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{37}
+}
+
+// GossipKeyring is the keys that members decrypt gossip with: 16, 24 or 32 bytes
+// each. They encrypt with the first.
+type GossipKeyring struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keys          [][]byte               `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeyring) Reset() {
+	*x = GossipKeyring{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeyring) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeyring) ProtoMessage() {}
+
+func (x *GossipKeyring) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeyring.ProtoReflect.Descriptor instead.
+func (*GossipKeyring) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *GossipKeyring) GetKeys() [][]byte {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+// WorkerChange is an operator's order about a worker.
+type WorkerChange struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Action WorkerChange_Action    `protobuf:"varint,1,opt,name=action,proto3,enum=archfarm.v1.WorkerChange_Action" json:"action,omitempty"`
+	// What is shown as the reason.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkerChange) Reset() {
+	*x = WorkerChange{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkerChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkerChange) ProtoMessage() {}
+
+func (x *WorkerChange) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkerChange.ProtoReflect.Descriptor instead.
+func (*WorkerChange) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *WorkerChange) GetAction() WorkerChange_Action {
+	if x != nil {
+		return x.Action
+	}
+	return WorkerChange_ACTION_UNSPECIFIED
+}
+
+func (x *WorkerChange) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
 
 // Welcome accepts the worker.
 type Welcome struct {
@@ -775,13 +2912,16 @@ type Welcome struct {
 	// Seconds between two reports; after three intervals of silence the
 	// coordinator takes the worker for lost.
 	HeartbeatSeconds uint32 `protobuf:"varint,1,opt,name=heartbeat_seconds,json=heartbeatSeconds,proto3" json:"heartbeat_seconds,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The keys of the farm's gossip; absent when it is not encrypted, or the
+	// connection is not.
+	GossipKeyring *GossipKeyring `protobuf:"bytes,2,opt,name=gossip_keyring,json=gossipKeyring,proto3" json:"gossip_keyring,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[9]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +2933,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[9]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +2946,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{9}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Welcome) GetHeartbeatSeconds() uint32 {
@@ -814,6 +2954,13 @@ func (x *Welcome) GetHeartbeatSeconds() uint32 {
 		return x.HeartbeatSeconds
 	}
 	return 0
+}
+
+func (x *Welcome) GetGossipKeyring() *GossipKeyring {
+	if x != nil {
+		return x.GossipKeyring
+	}
+	return nil
 }
 
 // Open asks for one connection to the worker's BuildKit.
@@ -830,7 +2977,7 @@ type Open struct {
 
 func (x *Open) Reset() {
 	*x = Open{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[10]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -842,7 +2989,7 @@ func (x *Open) String() string {
 func (*Open) ProtoMessage() {}
 
 func (x *Open) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[10]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -855,7 +3002,7 @@ func (x *Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Open.ProtoReflect.Descriptor instead.
 func (*Open) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{10}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Open) GetConnectionId() string {
@@ -876,10 +3023,10 @@ var File_archfarm_v1_fleet_proto protoreflect.FileDescriptor
 
 const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\n" +
-	"\x17archfarm/v1/fleet.proto\x12\varchfarm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n" +
+	"\x17archfarm/v1/fleet.proto\x12\varchfarm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n" +
 	"\x12ListWorkersRequest\"D\n" +
 	"\x13ListWorkersResponse\x12-\n" +
-	"\aworkers\x18\x01 \x03(\v2\x13.archfarm.v1.WorkerR\aworkers\"\x9a\x03\n" +
+	"\aworkers\x18\x01 \x03(\v2\x13.archfarm.v1.WorkerR\aworkers\"\xf9\x04\n" +
 	"\x06Worker\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tplatforms\x18\x02 \x03(\tR\tplatforms\x12(\n" +
@@ -889,31 +3036,171 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x10buildkit_version\x18\x06 \x01(\tR\x0fbuildkitVersion\x120\n" +
 	"\x05since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
 	"\x06reason\x18\b \x01(\tR\x06reason\x12\x18\n" +
-	"\amachine\x18\t \x01(\tR\amachine\"Z\n" +
+	"\amachine\x18\t \x01(\tR\amachine\x12\x12\n" +
+	"\x04pool\x18\n" +
+	" \x01(\tR\x04pool\x127\n" +
+	"\x06labels\x18\v \x03(\v2\x1f.archfarm.v1.Worker.LabelsEntryR\x06labels\x12\x1a\n" +
+	"\bemulated\x18\f \x03(\tR\bemulated\x12%\n" +
+	"\x04load\x18\r \x01(\v2\x11.archfarm.v1.LoadR\x04load\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"n\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vSTATE_READY\x10\x01\x12\x12\n" +
 	"\x0eSTATE_DRAINING\x10\x02\x12\x15\n" +
-	"\x11STATE_UNAVAILABLE\x10\x03\"1\n" +
+	"\x11STATE_UNAVAILABLE\x10\x03\x12\x12\n" +
+	"\x0eSTATE_CORDONED\x10\x04\"\xf2\x03\n" +
+	"\x04Load\x12\x15\n" +
+	"\x03cpu\x18\x01 \x01(\x01H\x00R\x03cpu\x88\x01\x01\x12,\n" +
+	"\x12memory_total_bytes\x18\x02 \x01(\x04R\x10memoryTotalBytes\x124\n" +
+	"\x16memory_available_bytes\x18\x03 \x01(\x04R\x14memoryAvailableBytes\x12(\n" +
+	"\x10disk_total_bytes\x18\x04 \x01(\x04R\x0ediskTotalBytes\x12&\n" +
+	"\x0fdisk_free_bytes\x18\x05 \x01(\x04R\rdiskFreeBytes\x12$\n" +
+	"\vcache_bytes\x18\x06 \x01(\x04H\x01R\n" +
+	"cacheBytes\x88\x01\x01\x12&\n" +
+	"\fcpu_pressure\x18\a \x01(\x01H\x02R\vcpuPressure\x88\x01\x01\x12,\n" +
+	"\x0fmemory_pressure\x18\b \x01(\x01H\x03R\x0ememoryPressure\x88\x01\x01\x12$\n" +
+	"\vio_pressure\x18\t \x01(\x01H\x04R\n" +
+	"ioPressure\x88\x01\x01\x12 \n" +
+	"\toom_kills\x18\n" +
+	" \x01(\x04H\x05R\boomKills\x88\x01\x01B\x06\n" +
+	"\x04_cpuB\x0e\n" +
+	"\f_cache_bytesB\x0f\n" +
+	"\r_cpu_pressureB\x12\n" +
+	"\x10_memory_pressureB\x0e\n" +
+	"\f_io_pressureB\f\n" +
+	"\n" +
+	"_oom_kills\"1\n" +
 	"\x05Slots\x12\x14\n" +
 	"\x05total\x18\x01 \x01(\rR\x05total\x12\x12\n" +
-	"\x04used\x18\x02 \x01(\rR\x04used\"\xa7\x01\n" +
+	"\x04used\x18\x02 \x01(\rR\x04used\"\\\n" +
+	"\x13ChangeWorkerRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
+	"\x06change\x18\x02 \x01(\v2\x19.archfarm.v1.WorkerChangeR\x06change\"C\n" +
+	"\x14ChangeWorkerResponse\x12+\n" +
+	"\x06worker\x18\x01 \x01(\v2\x13.archfarm.v1.WorkerR\x06worker\"\x12\n" +
+	"\x10ListQueueRequest\"?\n" +
+	"\x11ListQueueResponse\x12*\n" +
+	"\x04legs\x18\x01 \x03(\v2\x16.archfarm.v1.QueuedLegR\x04legs\"\xcb\x01\n" +
+	"\tQueuedLeg\x12\x14\n" +
+	"\x05build\x18\x01 \x01(\tR\x05build\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x14\n" +
+	"\x05pools\x18\x03 \x03(\tR\x05pools\x12\x16\n" +
+	"\x06tenant\x18\x04 \x01(\tR\x06tenant\x120\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
+	"\x05ahead\x18\x06 \x01(\rR\x05ahead\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\"e\n" +
+	"\x0eExplainRequest\x12\x16\n" +
+	"\x05build\x18\x01 \x01(\tH\x00R\x05build\x12\x1c\n" +
+	"\bplatform\x18\x02 \x01(\tH\x00R\bplatform\x12\x12\n" +
+	"\x04pool\x18\x03 \x01(\tR\x04poolB\t\n" +
+	"\asubject\"B\n" +
+	"\x0fExplainResponse\x12/\n" +
+	"\x04legs\x18\x01 \x03(\v2\x1b.archfarm.v1.LegExplanationR\x04legs\"\x94\x01\n" +
+	"\x0eLegExplanation\x12\x1a\n" +
+	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x16\n" +
+	"\x06worker\x18\x02 \x01(\tR\x06worker\x12\x18\n" +
+	"\asummary\x18\x03 \x01(\tR\asummary\x124\n" +
+	"\aworkers\x18\x04 \x03(\v2\x1a.archfarm.v1.WorkerVerdictR\aworkers\"[\n" +
+	"\rWorkerVerdict\x12\x16\n" +
+	"\x06worker\x18\x01 \x01(\tR\x06worker\x12\x1a\n" +
+	"\beligible\x18\x02 \x01(\bR\beligible\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xf1\x01\n" +
+	"\x17ChangeGossipKeysRequest\x12C\n" +
+	"\x06action\x18\x01 \x01(\x0e2+.archfarm.v1.ChangeGossipKeysRequest.ActionR\x06action\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\fR\x03key\x12\x15\n" +
+	"\x06key_id\x18\x03 \x01(\tR\x05keyId\"h\n" +
+	"\x06Action\x12\x16\n" +
+	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vACTION_LIST\x10\x01\x12\x12\n" +
+	"\x0eACTION_INSTALL\x10\x02\x12\x0e\n" +
+	"\n" +
+	"ACTION_USE\x10\x03\x12\x11\n" +
+	"\rACTION_REMOVE\x10\x04\"F\n" +
+	"\x18ChangeGossipKeysResponse\x12*\n" +
+	"\x04keys\x18\x01 \x03(\v2\x16.archfarm.v1.GossipKeyR\x04keys\"m\n" +
+	"\tGossipKey\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aprimary\x18\x02 \x01(\bR\aprimary\x12\x1c\n" +
+	"\tconfirmed\x18\x03 \x01(\rR\tconfirmed\x12\x18\n" +
+	"\amissing\x18\x04 \x03(\tR\amissing\"\xe5\x02\n" +
+	"\x12CreateTokenRequest\x128\n" +
+	"\x04kind\x18\x01 \x01(\x0e2$.archfarm.v1.CreateTokenRequest.KindR\x04kind\x12+\n" +
+	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x12\n" +
+	"\x04uses\x18\x03 \x01(\rR\x04uses\x12\x14\n" +
+	"\x05pools\x18\x04 \x03(\tR\x05pools\x12\x16\n" +
+	"\x06tenant\x18\x05 \x01(\tR\x06tenant\x12\x12\n" +
+	"\x04name\x18\x06 \x01(\tR\x04name\x12B\n" +
+	"\x0fcertificate_ttl\x18\a \x01(\v2\x19.google.protobuf.DurationR\x0ecertificateTtl\"N\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vKIND_WORKER\x10\x01\x12\x0f\n" +
+	"\vKIND_CLIENT\x10\x02\x12\x0e\n" +
+	"\n" +
+	"KIND_ADMIN\x10\x03\"S\n" +
+	"\x13CreateTokenResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12&\n" +
+	"\x04info\x18\x02 \x01(\v2\x12.archfarm.v1.TokenR\x04info\"\xe6\x01\n" +
+	"\x05Token\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x128\n" +
+	"\x04kind\x18\x02 \x01(\x0e2$.archfarm.v1.CreateTokenRequest.KindR\x04kind\x124\n" +
+	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x1b\n" +
+	"\tuses_left\x18\x04 \x01(\rR\busesLeft\x12\x14\n" +
+	"\x05pools\x18\x05 \x03(\tR\x05pools\x12\x16\n" +
+	"\x06tenant\x18\x06 \x01(\tR\x06tenant\x12\x12\n" +
+	"\x04name\x18\a \x01(\tR\x04name\"\x13\n" +
+	"\x11ListTokensRequest\"@\n" +
+	"\x12ListTokensResponse\x12*\n" +
+	"\x06tokens\x18\x01 \x03(\v2\x12.archfarm.v1.TokenR\x06tokens\"$\n" +
+	"\x12DeleteTokenRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x15\n" +
+	"\x13DeleteTokenResponse\"h\n" +
+	"\vJoinRequest\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12/\n" +
+	"\x13certificate_request\x18\x02 \x01(\fR\x12certificateRequest\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"l\n" +
+	"\fJoinResponse\x12\"\n" +
+	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x14\n" +
+	"\x05roots\x18\x02 \x03(\fR\x05roots\x12\"\n" +
+	"\fcoordinators\x18\x03 \x03(\tR\fcoordinators\"?\n" +
+	"\fRenewRequest\x12/\n" +
+	"\x13certificate_request\x18\x01 \x01(\fR\x12certificateRequest\"I\n" +
+	"\rRenewResponse\x12\"\n" +
+	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x14\n" +
+	"\x05roots\x18\x02 \x03(\fR\x05roots\"]\n" +
+	"\rRevokeRequest\x128\n" +
+	"\x04kind\x18\x01 \x01(\x0e2$.archfarm.v1.CreateTokenRequest.KindR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"*\n" +
+	"\x0eRevokeResponse\x12\x18\n" +
+	"\arevoked\x18\x01 \x01(\rR\arevoked\"\xd0\x01\n" +
 	"\rAttachRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.archfarm.v1.HelloH\x00R\x05hello\x12-\n" +
 	"\x06report\x18\x02 \x01(\v2\x13.archfarm.v1.ReportH\x00R\x06report\x120\n" +
-	"\arefused\x18\x03 \x01(\v2\x14.archfarm.v1.RefusedH\x00R\arefusedB\t\n" +
-	"\amessage\"\xc5\x01\n" +
+	"\arefused\x18\x03 \x01(\v2\x14.archfarm.v1.RefusedH\x00R\arefused\x12'\n" +
+	"\x04done\x18\x04 \x01(\v2\x11.archfarm.v1.DoneH\x00R\x04doneB\t\n" +
+	"\amessage\"\xcc\x02\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tplatforms\x18\x02 \x03(\tR\tplatforms\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x12)\n" +
 	"\x10buildkit_version\x18\x04 \x01(\tR\x0fbuildkitVersion\x12\x18\n" +
 	"\amachine\x18\x05 \x01(\tR\amachine\x12+\n" +
-	"\x06report\x18\x06 \x01(\v2\x13.archfarm.v1.ReportR\x06report\"{\n" +
+	"\x06report\x18\x06 \x01(\v2\x13.archfarm.v1.ReportR\x06report\x12\x12\n" +
+	"\x04pool\x18\a \x01(\tR\x04pool\x126\n" +
+	"\x06labels\x18\b \x03(\v2\x1e.archfarm.v1.Hello.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbe\x01\n" +
 	"\x06Report\x12(\n" +
 	"\x05slots\x18\x01 \x01(\v2\x12.archfarm.v1.SlotsR\x05slots\x12/\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x19.archfarm.v1.Worker.StateR\x05state\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xd8\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1a\n" +
+	"\bemulated\x18\x04 \x03(\tR\bemulated\x12%\n" +
+	"\x04load\x18\x05 \x01(\v2\x11.archfarm.v1.LoadR\x04load\"?\n" +
+	"\x04Done\x12!\n" +
+	"\fdirective_id\x18\x01 \x01(\tR\vdirectiveId\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"\xd8\x01\n" +
 	"\aRefused\x12#\n" +
 	"\rconnection_id\x18\x01 \x01(\tR\fconnectionId\x120\n" +
 	"\x05cause\x18\x02 \x01(\x0e2\x1a.archfarm.v1.Refused.CauseR\x05cause\x12\x18\n" +
@@ -922,19 +3209,51 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x11CAUSE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rCAUSE_NO_SLOT\x10\x01\x12\x12\n" +
 	"\x0eCAUSE_DRAINING\x10\x02\x12\x15\n" +
-	"\x11CAUSE_UNAVAILABLE\x10\x03\"v\n" +
+	"\x11CAUSE_UNAVAILABLE\x10\x03\"\xae\x01\n" +
 	"\x0eAttachResponse\x120\n" +
 	"\awelcome\x18\x01 \x01(\v2\x14.archfarm.v1.WelcomeH\x00R\awelcome\x12'\n" +
-	"\x04open\x18\x02 \x01(\v2\x11.archfarm.v1.OpenH\x00R\x04openB\t\n" +
-	"\amessage\"6\n" +
+	"\x04open\x18\x02 \x01(\v2\x11.archfarm.v1.OpenH\x00R\x04open\x126\n" +
+	"\tdirective\x18\x03 \x01(\v2\x16.archfarm.v1.DirectiveH\x00R\tdirectiveB\t\n" +
+	"\amessage\"\xd8\x01\n" +
+	"\tDirective\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
+	"\x06change\x18\x02 \x01(\v2\x19.archfarm.v1.WorkerChangeH\x00R\x06change\x12C\n" +
+	"\x0egossip_keyring\x18\x03 \x01(\v2\x1a.archfarm.v1.GossipKeyringH\x00R\rgossipKeyring\x127\n" +
+	"\n" +
+	"report_now\x18\x04 \x01(\v2\x16.archfarm.v1.ReportNowH\x00R\treportNowB\b\n" +
+	"\x06action\"\v\n" +
+	"\tReportNow\"#\n" +
+	"\rGossipKeyring\x12\x12\n" +
+	"\x04keys\x18\x01 \x03(\fR\x04keys\"\xbc\x01\n" +
+	"\fWorkerChange\x128\n" +
+	"\x06action\x18\x01 \x01(\x0e2 .archfarm.v1.WorkerChange.ActionR\x06action\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"Z\n" +
+	"\x06Action\x12\x16\n" +
+	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fACTION_DRAIN\x10\x01\x12\x11\n" +
+	"\rACTION_CORDON\x10\x02\x12\x13\n" +
+	"\x0fACTION_UNCORDON\x10\x03\"y\n" +
 	"\aWelcome\x12+\n" +
-	"\x11heartbeat_seconds\x18\x01 \x01(\rR\x10heartbeatSeconds\"J\n" +
+	"\x11heartbeat_seconds\x18\x01 \x01(\rR\x10heartbeatSeconds\x12A\n" +
+	"\x0egossip_keyring\x18\x02 \x01(\v2\x1a.archfarm.v1.GossipKeyringR\rgossipKeyring\"J\n" +
 	"\x04Open\x12#\n" +
 	"\rconnection_id\x18\x01 \x01(\tR\fconnectionId\x12\x1d\n" +
 	"\n" +
-	"takes_slot\x18\x02 \x01(\bR\ttakesSlot2`\n" +
+	"takes_slot\x18\x02 \x01(\bR\ttakesSlot2\xa8\x03\n" +
 	"\fFleetService\x12P\n" +
-	"\vListWorkers\x12\x1f.archfarm.v1.ListWorkersRequest\x1a .archfarm.v1.ListWorkersResponse2U\n" +
+	"\vListWorkers\x12\x1f.archfarm.v1.ListWorkersRequest\x1a .archfarm.v1.ListWorkersResponse\x12S\n" +
+	"\fChangeWorker\x12 .archfarm.v1.ChangeWorkerRequest\x1a!.archfarm.v1.ChangeWorkerResponse\x12J\n" +
+	"\tListQueue\x12\x1d.archfarm.v1.ListQueueRequest\x1a\x1e.archfarm.v1.ListQueueResponse\x12D\n" +
+	"\aExplain\x12\x1b.archfarm.v1.ExplainRequest\x1a\x1c.archfarm.v1.ExplainResponse\x12_\n" +
+	"\x10ChangeGossipKeys\x12$.archfarm.v1.ChangeGossipKeysRequest\x1a%.archfarm.v1.ChangeGossipKeysResponse2\xc5\x03\n" +
+	"\x10AuthorityService\x12P\n" +
+	"\vCreateToken\x12\x1f.archfarm.v1.CreateTokenRequest\x1a .archfarm.v1.CreateTokenResponse\x12M\n" +
+	"\n" +
+	"ListTokens\x12\x1e.archfarm.v1.ListTokensRequest\x1a\x1f.archfarm.v1.ListTokensResponse\x12P\n" +
+	"\vDeleteToken\x12\x1f.archfarm.v1.DeleteTokenRequest\x1a .archfarm.v1.DeleteTokenResponse\x12;\n" +
+	"\x04Join\x12\x18.archfarm.v1.JoinRequest\x1a\x19.archfarm.v1.JoinResponse\x12>\n" +
+	"\x05Renew\x12\x19.archfarm.v1.RenewRequest\x1a\x1a.archfarm.v1.RenewResponse\x12A\n" +
+	"\x06Revoke\x12\x1a.archfarm.v1.RevokeRequest\x1a\x1b.archfarm.v1.RevokeResponse2U\n" +
 	"\fAgentService\x12E\n" +
 	"\x06Attach\x12\x1a.archfarm.v1.AttachRequest\x1a\x1b.archfarm.v1.AttachResponse(\x010\x01B;Z9github.com/archfarm/archfarm/proto/archfarm/v1;archfarmv1b\x06proto3"
 
@@ -950,47 +3269,131 @@ func file_archfarm_v1_fleet_proto_rawDescGZIP() []byte {
 	return file_archfarm_v1_fleet_proto_rawDescData
 }
 
-var file_archfarm_v1_fleet_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_archfarm_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_archfarm_v1_fleet_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_archfarm_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_archfarm_v1_fleet_proto_goTypes = []any{
-	(Worker_State)(0),             // 0: archfarm.v1.Worker.State
-	(Refused_Cause)(0),            // 1: archfarm.v1.Refused.Cause
-	(*ListWorkersRequest)(nil),    // 2: archfarm.v1.ListWorkersRequest
-	(*ListWorkersResponse)(nil),   // 3: archfarm.v1.ListWorkersResponse
-	(*Worker)(nil),                // 4: archfarm.v1.Worker
-	(*Slots)(nil),                 // 5: archfarm.v1.Slots
-	(*AttachRequest)(nil),         // 6: archfarm.v1.AttachRequest
-	(*Hello)(nil),                 // 7: archfarm.v1.Hello
-	(*Report)(nil),                // 8: archfarm.v1.Report
-	(*Refused)(nil),               // 9: archfarm.v1.Refused
-	(*AttachResponse)(nil),        // 10: archfarm.v1.AttachResponse
-	(*Welcome)(nil),               // 11: archfarm.v1.Welcome
-	(*Open)(nil),                  // 12: archfarm.v1.Open
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
+	(Worker_State)(0),                   // 0: archfarm.v1.Worker.State
+	(ChangeGossipKeysRequest_Action)(0), // 1: archfarm.v1.ChangeGossipKeysRequest.Action
+	(CreateTokenRequest_Kind)(0),        // 2: archfarm.v1.CreateTokenRequest.Kind
+	(Refused_Cause)(0),                  // 3: archfarm.v1.Refused.Cause
+	(WorkerChange_Action)(0),            // 4: archfarm.v1.WorkerChange.Action
+	(*ListWorkersRequest)(nil),          // 5: archfarm.v1.ListWorkersRequest
+	(*ListWorkersResponse)(nil),         // 6: archfarm.v1.ListWorkersResponse
+	(*Worker)(nil),                      // 7: archfarm.v1.Worker
+	(*Load)(nil),                        // 8: archfarm.v1.Load
+	(*Slots)(nil),                       // 9: archfarm.v1.Slots
+	(*ChangeWorkerRequest)(nil),         // 10: archfarm.v1.ChangeWorkerRequest
+	(*ChangeWorkerResponse)(nil),        // 11: archfarm.v1.ChangeWorkerResponse
+	(*ListQueueRequest)(nil),            // 12: archfarm.v1.ListQueueRequest
+	(*ListQueueResponse)(nil),           // 13: archfarm.v1.ListQueueResponse
+	(*QueuedLeg)(nil),                   // 14: archfarm.v1.QueuedLeg
+	(*ExplainRequest)(nil),              // 15: archfarm.v1.ExplainRequest
+	(*ExplainResponse)(nil),             // 16: archfarm.v1.ExplainResponse
+	(*LegExplanation)(nil),              // 17: archfarm.v1.LegExplanation
+	(*WorkerVerdict)(nil),               // 18: archfarm.v1.WorkerVerdict
+	(*ChangeGossipKeysRequest)(nil),     // 19: archfarm.v1.ChangeGossipKeysRequest
+	(*ChangeGossipKeysResponse)(nil),    // 20: archfarm.v1.ChangeGossipKeysResponse
+	(*GossipKey)(nil),                   // 21: archfarm.v1.GossipKey
+	(*CreateTokenRequest)(nil),          // 22: archfarm.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),         // 23: archfarm.v1.CreateTokenResponse
+	(*Token)(nil),                       // 24: archfarm.v1.Token
+	(*ListTokensRequest)(nil),           // 25: archfarm.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),          // 26: archfarm.v1.ListTokensResponse
+	(*DeleteTokenRequest)(nil),          // 27: archfarm.v1.DeleteTokenRequest
+	(*DeleteTokenResponse)(nil),         // 28: archfarm.v1.DeleteTokenResponse
+	(*JoinRequest)(nil),                 // 29: archfarm.v1.JoinRequest
+	(*JoinResponse)(nil),                // 30: archfarm.v1.JoinResponse
+	(*RenewRequest)(nil),                // 31: archfarm.v1.RenewRequest
+	(*RenewResponse)(nil),               // 32: archfarm.v1.RenewResponse
+	(*RevokeRequest)(nil),               // 33: archfarm.v1.RevokeRequest
+	(*RevokeResponse)(nil),              // 34: archfarm.v1.RevokeResponse
+	(*AttachRequest)(nil),               // 35: archfarm.v1.AttachRequest
+	(*Hello)(nil),                       // 36: archfarm.v1.Hello
+	(*Report)(nil),                      // 37: archfarm.v1.Report
+	(*Done)(nil),                        // 38: archfarm.v1.Done
+	(*Refused)(nil),                     // 39: archfarm.v1.Refused
+	(*AttachResponse)(nil),              // 40: archfarm.v1.AttachResponse
+	(*Directive)(nil),                   // 41: archfarm.v1.Directive
+	(*ReportNow)(nil),                   // 42: archfarm.v1.ReportNow
+	(*GossipKeyring)(nil),               // 43: archfarm.v1.GossipKeyring
+	(*WorkerChange)(nil),                // 44: archfarm.v1.WorkerChange
+	(*Welcome)(nil),                     // 45: archfarm.v1.Welcome
+	(*Open)(nil),                        // 46: archfarm.v1.Open
+	nil,                                 // 47: archfarm.v1.Worker.LabelsEntry
+	nil,                                 // 48: archfarm.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 49: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 50: google.protobuf.Duration
 }
 var file_archfarm_v1_fleet_proto_depIdxs = []int32{
-	4,  // 0: archfarm.v1.ListWorkersResponse.workers:type_name -> archfarm.v1.Worker
-	5,  // 1: archfarm.v1.Worker.slots:type_name -> archfarm.v1.Slots
+	7,  // 0: archfarm.v1.ListWorkersResponse.workers:type_name -> archfarm.v1.Worker
+	9,  // 1: archfarm.v1.Worker.slots:type_name -> archfarm.v1.Slots
 	0,  // 2: archfarm.v1.Worker.state:type_name -> archfarm.v1.Worker.State
-	13, // 3: archfarm.v1.Worker.since:type_name -> google.protobuf.Timestamp
-	7,  // 4: archfarm.v1.AttachRequest.hello:type_name -> archfarm.v1.Hello
-	8,  // 5: archfarm.v1.AttachRequest.report:type_name -> archfarm.v1.Report
-	9,  // 6: archfarm.v1.AttachRequest.refused:type_name -> archfarm.v1.Refused
-	8,  // 7: archfarm.v1.Hello.report:type_name -> archfarm.v1.Report
-	5,  // 8: archfarm.v1.Report.slots:type_name -> archfarm.v1.Slots
-	0,  // 9: archfarm.v1.Report.state:type_name -> archfarm.v1.Worker.State
-	1,  // 10: archfarm.v1.Refused.cause:type_name -> archfarm.v1.Refused.Cause
-	11, // 11: archfarm.v1.AttachResponse.welcome:type_name -> archfarm.v1.Welcome
-	12, // 12: archfarm.v1.AttachResponse.open:type_name -> archfarm.v1.Open
-	2,  // 13: archfarm.v1.FleetService.ListWorkers:input_type -> archfarm.v1.ListWorkersRequest
-	6,  // 14: archfarm.v1.AgentService.Attach:input_type -> archfarm.v1.AttachRequest
-	3,  // 15: archfarm.v1.FleetService.ListWorkers:output_type -> archfarm.v1.ListWorkersResponse
-	10, // 16: archfarm.v1.AgentService.Attach:output_type -> archfarm.v1.AttachResponse
-	15, // [15:17] is the sub-list for method output_type
-	13, // [13:15] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	49, // 3: archfarm.v1.Worker.since:type_name -> google.protobuf.Timestamp
+	47, // 4: archfarm.v1.Worker.labels:type_name -> archfarm.v1.Worker.LabelsEntry
+	8,  // 5: archfarm.v1.Worker.load:type_name -> archfarm.v1.Load
+	44, // 6: archfarm.v1.ChangeWorkerRequest.change:type_name -> archfarm.v1.WorkerChange
+	7,  // 7: archfarm.v1.ChangeWorkerResponse.worker:type_name -> archfarm.v1.Worker
+	14, // 8: archfarm.v1.ListQueueResponse.legs:type_name -> archfarm.v1.QueuedLeg
+	49, // 9: archfarm.v1.QueuedLeg.since:type_name -> google.protobuf.Timestamp
+	17, // 10: archfarm.v1.ExplainResponse.legs:type_name -> archfarm.v1.LegExplanation
+	18, // 11: archfarm.v1.LegExplanation.workers:type_name -> archfarm.v1.WorkerVerdict
+	1,  // 12: archfarm.v1.ChangeGossipKeysRequest.action:type_name -> archfarm.v1.ChangeGossipKeysRequest.Action
+	21, // 13: archfarm.v1.ChangeGossipKeysResponse.keys:type_name -> archfarm.v1.GossipKey
+	2,  // 14: archfarm.v1.CreateTokenRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
+	50, // 15: archfarm.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	50, // 16: archfarm.v1.CreateTokenRequest.certificate_ttl:type_name -> google.protobuf.Duration
+	24, // 17: archfarm.v1.CreateTokenResponse.info:type_name -> archfarm.v1.Token
+	2,  // 18: archfarm.v1.Token.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
+	49, // 19: archfarm.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	24, // 20: archfarm.v1.ListTokensResponse.tokens:type_name -> archfarm.v1.Token
+	2,  // 21: archfarm.v1.RevokeRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
+	36, // 22: archfarm.v1.AttachRequest.hello:type_name -> archfarm.v1.Hello
+	37, // 23: archfarm.v1.AttachRequest.report:type_name -> archfarm.v1.Report
+	39, // 24: archfarm.v1.AttachRequest.refused:type_name -> archfarm.v1.Refused
+	38, // 25: archfarm.v1.AttachRequest.done:type_name -> archfarm.v1.Done
+	37, // 26: archfarm.v1.Hello.report:type_name -> archfarm.v1.Report
+	48, // 27: archfarm.v1.Hello.labels:type_name -> archfarm.v1.Hello.LabelsEntry
+	9,  // 28: archfarm.v1.Report.slots:type_name -> archfarm.v1.Slots
+	0,  // 29: archfarm.v1.Report.state:type_name -> archfarm.v1.Worker.State
+	8,  // 30: archfarm.v1.Report.load:type_name -> archfarm.v1.Load
+	3,  // 31: archfarm.v1.Refused.cause:type_name -> archfarm.v1.Refused.Cause
+	45, // 32: archfarm.v1.AttachResponse.welcome:type_name -> archfarm.v1.Welcome
+	46, // 33: archfarm.v1.AttachResponse.open:type_name -> archfarm.v1.Open
+	41, // 34: archfarm.v1.AttachResponse.directive:type_name -> archfarm.v1.Directive
+	44, // 35: archfarm.v1.Directive.change:type_name -> archfarm.v1.WorkerChange
+	43, // 36: archfarm.v1.Directive.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
+	42, // 37: archfarm.v1.Directive.report_now:type_name -> archfarm.v1.ReportNow
+	4,  // 38: archfarm.v1.WorkerChange.action:type_name -> archfarm.v1.WorkerChange.Action
+	43, // 39: archfarm.v1.Welcome.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
+	5,  // 40: archfarm.v1.FleetService.ListWorkers:input_type -> archfarm.v1.ListWorkersRequest
+	10, // 41: archfarm.v1.FleetService.ChangeWorker:input_type -> archfarm.v1.ChangeWorkerRequest
+	12, // 42: archfarm.v1.FleetService.ListQueue:input_type -> archfarm.v1.ListQueueRequest
+	15, // 43: archfarm.v1.FleetService.Explain:input_type -> archfarm.v1.ExplainRequest
+	19, // 44: archfarm.v1.FleetService.ChangeGossipKeys:input_type -> archfarm.v1.ChangeGossipKeysRequest
+	22, // 45: archfarm.v1.AuthorityService.CreateToken:input_type -> archfarm.v1.CreateTokenRequest
+	25, // 46: archfarm.v1.AuthorityService.ListTokens:input_type -> archfarm.v1.ListTokensRequest
+	27, // 47: archfarm.v1.AuthorityService.DeleteToken:input_type -> archfarm.v1.DeleteTokenRequest
+	29, // 48: archfarm.v1.AuthorityService.Join:input_type -> archfarm.v1.JoinRequest
+	31, // 49: archfarm.v1.AuthorityService.Renew:input_type -> archfarm.v1.RenewRequest
+	33, // 50: archfarm.v1.AuthorityService.Revoke:input_type -> archfarm.v1.RevokeRequest
+	35, // 51: archfarm.v1.AgentService.Attach:input_type -> archfarm.v1.AttachRequest
+	6,  // 52: archfarm.v1.FleetService.ListWorkers:output_type -> archfarm.v1.ListWorkersResponse
+	11, // 53: archfarm.v1.FleetService.ChangeWorker:output_type -> archfarm.v1.ChangeWorkerResponse
+	13, // 54: archfarm.v1.FleetService.ListQueue:output_type -> archfarm.v1.ListQueueResponse
+	16, // 55: archfarm.v1.FleetService.Explain:output_type -> archfarm.v1.ExplainResponse
+	20, // 56: archfarm.v1.FleetService.ChangeGossipKeys:output_type -> archfarm.v1.ChangeGossipKeysResponse
+	23, // 57: archfarm.v1.AuthorityService.CreateToken:output_type -> archfarm.v1.CreateTokenResponse
+	26, // 58: archfarm.v1.AuthorityService.ListTokens:output_type -> archfarm.v1.ListTokensResponse
+	28, // 59: archfarm.v1.AuthorityService.DeleteToken:output_type -> archfarm.v1.DeleteTokenResponse
+	30, // 60: archfarm.v1.AuthorityService.Join:output_type -> archfarm.v1.JoinResponse
+	32, // 61: archfarm.v1.AuthorityService.Renew:output_type -> archfarm.v1.RenewResponse
+	34, // 62: archfarm.v1.AuthorityService.Revoke:output_type -> archfarm.v1.RevokeResponse
+	40, // 63: archfarm.v1.AgentService.Attach:output_type -> archfarm.v1.AttachResponse
+	52, // [52:64] is the sub-list for method output_type
+	40, // [40:52] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_archfarm_v1_fleet_proto_init() }
@@ -998,24 +3401,36 @@ func file_archfarm_v1_fleet_proto_init() {
 	if File_archfarm_v1_fleet_proto != nil {
 		return
 	}
-	file_archfarm_v1_fleet_proto_msgTypes[4].OneofWrappers = []any{
+	file_archfarm_v1_fleet_proto_msgTypes[3].OneofWrappers = []any{}
+	file_archfarm_v1_fleet_proto_msgTypes[10].OneofWrappers = []any{
+		(*ExplainRequest_Build)(nil),
+		(*ExplainRequest_Platform)(nil),
+	}
+	file_archfarm_v1_fleet_proto_msgTypes[30].OneofWrappers = []any{
 		(*AttachRequest_Hello)(nil),
 		(*AttachRequest_Report)(nil),
 		(*AttachRequest_Refused)(nil),
+		(*AttachRequest_Done)(nil),
 	}
-	file_archfarm_v1_fleet_proto_msgTypes[8].OneofWrappers = []any{
+	file_archfarm_v1_fleet_proto_msgTypes[35].OneofWrappers = []any{
 		(*AttachResponse_Welcome)(nil),
 		(*AttachResponse_Open)(nil),
+		(*AttachResponse_Directive)(nil),
+	}
+	file_archfarm_v1_fleet_proto_msgTypes[36].OneofWrappers = []any{
+		(*Directive_Change)(nil),
+		(*Directive_GossipKeyring)(nil),
+		(*Directive_ReportNow)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_archfarm_v1_fleet_proto_rawDesc), len(file_archfarm_v1_fleet_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   11,
+			NumEnums:      5,
+			NumMessages:   44,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_archfarm_v1_fleet_proto_goTypes,
 		DependencyIndexes: file_archfarm_v1_fleet_proto_depIdxs,

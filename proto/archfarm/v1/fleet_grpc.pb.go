@@ -21,17 +21,37 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	FleetService_ListWorkers_FullMethodName = "/archfarm.v1.FleetService/ListWorkers"
+	FleetService_ListWorkers_FullMethodName      = "/archfarm.v1.FleetService/ListWorkers"
+	FleetService_ChangeWorker_FullMethodName     = "/archfarm.v1.FleetService/ChangeWorker"
+	FleetService_ListQueue_FullMethodName        = "/archfarm.v1.FleetService/ListQueue"
+	FleetService_Explain_FullMethodName          = "/archfarm.v1.FleetService/Explain"
+	FleetService_ChangeGossipKeys_FullMethodName = "/archfarm.v1.FleetService/ChangeGossipKeys"
 )
 
 // FleetServiceClient is the client API for FleetService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// FleetService tells clients and operators about the workers.
+// FleetService tells clients and operators about the workers, and lets operators
+// take them out of service. A client sees the pools that its certificate names.
 type FleetServiceClient interface {
-	// ListWorkers returns every worker that the coordinator knows, by name.
+	// ListWorkers returns every worker that the caller may use, by name.
 	ListWorkers(ctx context.Context, in *ListWorkersRequest, opts ...grpc.CallOption) (*ListWorkersResponse, error)
+	// ChangeWorker drains, cordons or uncordons one attached worker, and returns
+	// it once its agent has confirmed. Running attempts are never ended. NOT_FOUND
+	// when no worker of that name is attached, UNAVAILABLE when its agent does not
+	// answer.
+	ChangeWorker(ctx context.Context, in *ChangeWorkerRequest, opts ...grpc.CallOption) (*ChangeWorkerResponse, error)
+	// ListQueue returns the legs that wait for a worker, in the order of the queue.
+	ListQueue(ctx context.Context, in *ListQueueRequest, opts ...grpc.CallOption) (*ListQueueResponse, error)
+	// Explain says, for each leg of a build, or for a leg of that platform if it
+	// came now, where it would run or what it waits for. NOT_FOUND for a build that
+	// is not running or not the caller's.
+	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
+	// ChangeGossipKeys lists, installs, uses or removes a key of the farm's gossip,
+	// here and on every attached worker. A key can be used once every attached
+	// worker has it, and removed when it is not the one in use.
+	ChangeGossipKeys(ctx context.Context, in *ChangeGossipKeysRequest, opts ...grpc.CallOption) (*ChangeGossipKeysResponse, error)
 }
 
 type fleetServiceClient struct {
@@ -52,14 +72,70 @@ func (c *fleetServiceClient) ListWorkers(ctx context.Context, in *ListWorkersReq
 	return out, nil
 }
 
+func (c *fleetServiceClient) ChangeWorker(ctx context.Context, in *ChangeWorkerRequest, opts ...grpc.CallOption) (*ChangeWorkerResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChangeWorkerResponse)
+	err := c.cc.Invoke(ctx, FleetService_ChangeWorker_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *fleetServiceClient) ListQueue(ctx context.Context, in *ListQueueRequest, opts ...grpc.CallOption) (*ListQueueResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListQueueResponse)
+	err := c.cc.Invoke(ctx, FleetService_ListQueue_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *fleetServiceClient) Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainResponse)
+	err := c.cc.Invoke(ctx, FleetService_Explain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *fleetServiceClient) ChangeGossipKeys(ctx context.Context, in *ChangeGossipKeysRequest, opts ...grpc.CallOption) (*ChangeGossipKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChangeGossipKeysResponse)
+	err := c.cc.Invoke(ctx, FleetService_ChangeGossipKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // FleetServiceServer is the server API for FleetService service.
 // All implementations must embed UnimplementedFleetServiceServer
 // for forward compatibility.
 //
-// FleetService tells clients and operators about the workers.
+// FleetService tells clients and operators about the workers, and lets operators
+// take them out of service. A client sees the pools that its certificate names.
 type FleetServiceServer interface {
-	// ListWorkers returns every worker that the coordinator knows, by name.
+	// ListWorkers returns every worker that the caller may use, by name.
 	ListWorkers(context.Context, *ListWorkersRequest) (*ListWorkersResponse, error)
+	// ChangeWorker drains, cordons or uncordons one attached worker, and returns
+	// it once its agent has confirmed. Running attempts are never ended. NOT_FOUND
+	// when no worker of that name is attached, UNAVAILABLE when its agent does not
+	// answer.
+	ChangeWorker(context.Context, *ChangeWorkerRequest) (*ChangeWorkerResponse, error)
+	// ListQueue returns the legs that wait for a worker, in the order of the queue.
+	ListQueue(context.Context, *ListQueueRequest) (*ListQueueResponse, error)
+	// Explain says, for each leg of a build, or for a leg of that platform if it
+	// came now, where it would run or what it waits for. NOT_FOUND for a build that
+	// is not running or not the caller's.
+	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
+	// ChangeGossipKeys lists, installs, uses or removes a key of the farm's gossip,
+	// here and on every attached worker. A key can be used once every attached
+	// worker has it, and removed when it is not the one in use.
+	ChangeGossipKeys(context.Context, *ChangeGossipKeysRequest) (*ChangeGossipKeysResponse, error)
 	mustEmbedUnimplementedFleetServiceServer()
 }
 
@@ -72,6 +148,18 @@ type UnimplementedFleetServiceServer struct{}
 
 func (UnimplementedFleetServiceServer) ListWorkers(context.Context, *ListWorkersRequest) (*ListWorkersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListWorkers not implemented")
+}
+func (UnimplementedFleetServiceServer) ChangeWorker(context.Context, *ChangeWorkerRequest) (*ChangeWorkerResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ChangeWorker not implemented")
+}
+func (UnimplementedFleetServiceServer) ListQueue(context.Context, *ListQueueRequest) (*ListQueueResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListQueue not implemented")
+}
+func (UnimplementedFleetServiceServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
+}
+func (UnimplementedFleetServiceServer) ChangeGossipKeys(context.Context, *ChangeGossipKeysRequest) (*ChangeGossipKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ChangeGossipKeys not implemented")
 }
 func (UnimplementedFleetServiceServer) mustEmbedUnimplementedFleetServiceServer() {}
 func (UnimplementedFleetServiceServer) testEmbeddedByValue()                      {}
@@ -112,6 +200,78 @@ func _FleetService_ListWorkers_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _FleetService_ChangeWorker_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChangeWorkerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).ChangeWorker(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_ChangeWorker_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).ChangeWorker(ctx, req.(*ChangeWorkerRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _FleetService_ListQueue_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListQueueRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).ListQueue(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_ListQueue_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).ListQueue(ctx, req.(*ListQueueRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _FleetService_Explain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).Explain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_Explain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).Explain(ctx, req.(*ExplainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _FleetService_ChangeGossipKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChangeGossipKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).ChangeGossipKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_ChangeGossipKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).ChangeGossipKeys(ctx, req.(*ChangeGossipKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // FleetService_ServiceDesc is the grpc.ServiceDesc for FleetService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -122,6 +282,338 @@ var FleetService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListWorkers",
 			Handler:    _FleetService_ListWorkers_Handler,
+		},
+		{
+			MethodName: "ChangeWorker",
+			Handler:    _FleetService_ChangeWorker_Handler,
+		},
+		{
+			MethodName: "ListQueue",
+			Handler:    _FleetService_ListQueue_Handler,
+		},
+		{
+			MethodName: "Explain",
+			Handler:    _FleetService_Explain_Handler,
+		},
+		{
+			MethodName: "ChangeGossipKeys",
+			Handler:    _FleetService_ChangeGossipKeys_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "archfarm/v1/fleet.proto",
+}
+
+const (
+	AuthorityService_CreateToken_FullMethodName = "/archfarm.v1.AuthorityService/CreateToken"
+	AuthorityService_ListTokens_FullMethodName  = "/archfarm.v1.AuthorityService/ListTokens"
+	AuthorityService_DeleteToken_FullMethodName = "/archfarm.v1.AuthorityService/DeleteToken"
+	AuthorityService_Join_FullMethodName        = "/archfarm.v1.AuthorityService/Join"
+	AuthorityService_Renew_FullMethodName       = "/archfarm.v1.AuthorityService/Renew"
+	AuthorityService_Revoke_FullMethodName      = "/archfarm.v1.AuthorityService/Revoke"
+)
+
+// AuthorityServiceClient is the client API for AuthorityService service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// AuthorityService issues the certificates of the farm's parts.
+type AuthorityServiceClient interface {
+	// CreateToken makes a join token. For administrators.
+	CreateToken(ctx context.Context, in *CreateTokenRequest, opts ...grpc.CallOption) (*CreateTokenResponse, error)
+	// ListTokens returns the tokens that are still good, without their secrets. For
+	// administrators.
+	ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error)
+	// DeleteToken makes a token worthless. For administrators.
+	DeleteToken(ctx context.Context, in *DeleteTokenRequest, opts ...grpc.CallOption) (*DeleteTokenResponse, error)
+	// Join exchanges a token for a certificate. It is the one call that needs no
+	// certificate. UNAUTHENTICATED for a token that is unknown, expired or used up;
+	// ALREADY_EXISTS when another holder of the name has a certificate that is valid.
+	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
+	// Renew issues a new certificate for the identity of the caller's present one.
+	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewResponse, error)
+	// Revoke makes all certificates of a worker or client worthless at once and ends
+	// their connections. For administrators.
+	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+}
+
+type authorityServiceClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewAuthorityServiceClient(cc grpc.ClientConnInterface) AuthorityServiceClient {
+	return &authorityServiceClient{cc}
+}
+
+func (c *authorityServiceClient) CreateToken(ctx context.Context, in *CreateTokenRequest, opts ...grpc.CallOption) (*CreateTokenResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CreateTokenResponse)
+	err := c.cc.Invoke(ctx, AuthorityService_CreateToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *authorityServiceClient) ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListTokensResponse)
+	err := c.cc.Invoke(ctx, AuthorityService_ListTokens_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *authorityServiceClient) DeleteToken(ctx context.Context, in *DeleteTokenRequest, opts ...grpc.CallOption) (*DeleteTokenResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteTokenResponse)
+	err := c.cc.Invoke(ctx, AuthorityService_DeleteToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *authorityServiceClient) Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(JoinResponse)
+	err := c.cc.Invoke(ctx, AuthorityService_Join_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *authorityServiceClient) Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RenewResponse)
+	err := c.cc.Invoke(ctx, AuthorityService_Renew_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *authorityServiceClient) Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeResponse)
+	err := c.cc.Invoke(ctx, AuthorityService_Revoke_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// AuthorityServiceServer is the server API for AuthorityService service.
+// All implementations must embed UnimplementedAuthorityServiceServer
+// for forward compatibility.
+//
+// AuthorityService issues the certificates of the farm's parts.
+type AuthorityServiceServer interface {
+	// CreateToken makes a join token. For administrators.
+	CreateToken(context.Context, *CreateTokenRequest) (*CreateTokenResponse, error)
+	// ListTokens returns the tokens that are still good, without their secrets. For
+	// administrators.
+	ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error)
+	// DeleteToken makes a token worthless. For administrators.
+	DeleteToken(context.Context, *DeleteTokenRequest) (*DeleteTokenResponse, error)
+	// Join exchanges a token for a certificate. It is the one call that needs no
+	// certificate. UNAUTHENTICATED for a token that is unknown, expired or used up;
+	// ALREADY_EXISTS when another holder of the name has a certificate that is valid.
+	Join(context.Context, *JoinRequest) (*JoinResponse, error)
+	// Renew issues a new certificate for the identity of the caller's present one.
+	Renew(context.Context, *RenewRequest) (*RenewResponse, error)
+	// Revoke makes all certificates of a worker or client worthless at once and ends
+	// their connections. For administrators.
+	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
+	mustEmbedUnimplementedAuthorityServiceServer()
+}
+
+// UnimplementedAuthorityServiceServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedAuthorityServiceServer struct{}
+
+func (UnimplementedAuthorityServiceServer) CreateToken(context.Context, *CreateTokenRequest) (*CreateTokenResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateToken not implemented")
+}
+func (UnimplementedAuthorityServiceServer) ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListTokens not implemented")
+}
+func (UnimplementedAuthorityServiceServer) DeleteToken(context.Context, *DeleteTokenRequest) (*DeleteTokenResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteToken not implemented")
+}
+func (UnimplementedAuthorityServiceServer) Join(context.Context, *JoinRequest) (*JoinResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Join not implemented")
+}
+func (UnimplementedAuthorityServiceServer) Renew(context.Context, *RenewRequest) (*RenewResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Renew not implemented")
+}
+func (UnimplementedAuthorityServiceServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedAuthorityServiceServer) mustEmbedUnimplementedAuthorityServiceServer() {}
+func (UnimplementedAuthorityServiceServer) testEmbeddedByValue()                          {}
+
+// UnsafeAuthorityServiceServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to AuthorityServiceServer will
+// result in compilation errors.
+type UnsafeAuthorityServiceServer interface {
+	mustEmbedUnimplementedAuthorityServiceServer()
+}
+
+func RegisterAuthorityServiceServer(s grpc.ServiceRegistrar, srv AuthorityServiceServer) {
+	// If the following call panics, it indicates UnimplementedAuthorityServiceServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&AuthorityService_ServiceDesc, srv)
+}
+
+func _AuthorityService_CreateToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuthorityServiceServer).CreateToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AuthorityService_CreateToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuthorityServiceServer).CreateToken(ctx, req.(*CreateTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AuthorityService_ListTokens_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListTokensRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuthorityServiceServer).ListTokens(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AuthorityService_ListTokens_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuthorityServiceServer).ListTokens(ctx, req.(*ListTokensRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AuthorityService_DeleteToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuthorityServiceServer).DeleteToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AuthorityService_DeleteToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuthorityServiceServer).DeleteToken(ctx, req.(*DeleteTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AuthorityService_Join_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(JoinRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuthorityServiceServer).Join(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AuthorityService_Join_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuthorityServiceServer).Join(ctx, req.(*JoinRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AuthorityService_Renew_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RenewRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuthorityServiceServer).Renew(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AuthorityService_Renew_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuthorityServiceServer).Renew(ctx, req.(*RenewRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AuthorityService_Revoke_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuthorityServiceServer).Revoke(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AuthorityService_Revoke_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuthorityServiceServer).Revoke(ctx, req.(*RevokeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// AuthorityService_ServiceDesc is the grpc.ServiceDesc for AuthorityService service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var AuthorityService_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "archfarm.v1.AuthorityService",
+	HandlerType: (*AuthorityServiceServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "CreateToken",
+			Handler:    _AuthorityService_CreateToken_Handler,
+		},
+		{
+			MethodName: "ListTokens",
+			Handler:    _AuthorityService_ListTokens_Handler,
+		},
+		{
+			MethodName: "DeleteToken",
+			Handler:    _AuthorityService_DeleteToken_Handler,
+		},
+		{
+			MethodName: "Join",
+			Handler:    _AuthorityService_Join_Handler,
+		},
+		{
+			MethodName: "Renew",
+			Handler:    _AuthorityService_Renew_Handler,
+		},
+		{
+			MethodName: "Revoke",
+			Handler:    _AuthorityService_Revoke_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
