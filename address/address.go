@@ -71,6 +71,16 @@ func (a Address) String() string {
 // IsZero tells whether a is no address at all.
 func (a Address) IsZero() bool { return a == Address{} }
 
+// Local tells whether what is sent to a stays on this machine: a Unix socket, or
+// a loopback address by number or as localhost.
+func (a Address) Local() bool {
+	if a.Network == unix {
+		return true
+	}
+	host, _, err := net.SplitHostPort(a.Addr)
+	return err == nil && (host == "localhost" || net.ParseIP(host).IsLoopback())
+}
+
 // Dial connects to a. The error names a.
 func (a Address) Dial(ctx context.Context) (net.Conn, error) {
 	var d net.Dialer

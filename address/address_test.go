@@ -171,3 +171,19 @@ func dial(t *testing.T, a address.Address) {
 	}
 	_ = c.Close()
 }
+
+func TestLocal(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]bool{
+		"unix:///run/a.sock": true, "127.0.0.1:1": true, "127.8.0.1:1": true, "[::1]:1": true, "localhost:1": true,
+		"0.0.0.0:1": false, ":1": false, "10.0.0.1:1": false, "farm.example:1": false, "localhost.example:1": false, "[::]:1": false,
+	} {
+		a, err := address.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := a.Local(); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}

@@ -56,8 +56,8 @@ type Identity struct {
 	// Pools are, of a worker, the one that it belongs to; of a client, those that
 	// it may use, none for any.
 	Pools []string
-	// Socket tells of a Local caller that it came through a Unix socket, which the
-	// file system protects.
+	// Socket tells of a Local caller that it came through the coordinator's own
+	// socket, which only its user and root can open.
 	Socket bool
 }
 

@@ -31,9 +31,10 @@ var noDeadline time.Time
 // that has been silent the longest is closed for each new one: an honest client
 // is undecided for one round trip, so a flood pushes out its own.
 type Listener struct {
-	inner  net.Listener
-	accept func(id string, conn net.Conn)
-	log    *slog.Logger
+	inner    net.Listener
+	security Security
+	accept   func(id string, conn net.Conn)
+	log      *slog.Logger
 
 	limit  int
 	within time.Duration
@@ -55,13 +56,15 @@ type Listener struct {
 // return promptly, as Close waits for it. conn is the very connection that
 // inner gave, not one byte beyond the preamble has been read from it, so it can
 // be spliced. Connections that are no tunnels come out of Accept, complete.
-func NewListener(inner net.Listener, accept func(id string, conn net.Conn), log *slog.Logger) *Listener {
-	return newListener(inner, accept, log, maxUndecided, decideWithin)
+//
+// Where security has connections wrapped, conn is what it made of them.
+func NewListener(inner net.Listener, security Security, accept func(id string, conn net.Conn), log *slog.Logger) *Listener {
+	return newListener(inner, security, accept, log, maxUndecided, decideWithin)
 }
 
-func newListener(inner net.Listener, accept func(string, net.Conn), log *slog.Logger, limit int, within time.Duration) *Listener {
+func newListener(inner net.Listener, security Security, accept func(string, net.Conn), log *slog.Logger, limit int, within time.Duration) *Listener {
 	l := &Listener{
-		inner: inner, accept: accept, log: log, limit: limit, within: within,
+		inner: inner, security: security, accept: accept, log: log, limit: limit, within: within,
 		others:    make(chan net.Conn),
 		closed:    make(chan struct{}),
 		ended:     make(chan struct{}),
@@ -159,7 +162,8 @@ func (l *Listener) admit(conn net.Conn) {
 
 // decide reads what conn begins with and hands it on.
 func (l *Listener) decide(conn net.Conn, entry *list.Element) {
-	id, head, err := l.peek(conn)
+	raw := conn
+	conn, id, head, err := l.introduce(raw)
 
 	if err == nil && id == "" {
 		conn = &replayed{Conn: conn, head: head}
@@ -179,8 +183,8 @@ func (l *Listener) decide(conn net.Conn, entry *list.Element) {
 		l.accept(id, conn)
 	default:
 		l.log.Debug("closing a connection that did not say what it is",
-			"remote", conn.RemoteAddr().String(), "error", err)
-		_ = conn.Close() // nothing was written
+			"remote", raw.RemoteAddr().String(), "error", err)
+		_ = raw.Close() // nothing was written that anybody misses
 	}
 }
 
@@ -241,6 +245,9 @@ type replayed struct {
 	net.Conn
 	head []byte
 }
+
+// NetConn returns the connection beneath.
+func (r *replayed) NetConn() net.Conn { return r.Conn }
 
 // Read gives the bytes that were read already before those of the connection.
 func (r *replayed) Read(p []byte) (int, error) {

@@ -39,7 +39,7 @@ func start(t *testing.T, limit int, within time.Duration) *farm {
 		t.Fatal(err)
 	}
 	f := &farm{addr: address.Address{Network: "tcp", Addr: inner.Addr().String()}, tunnels: make(chan opened, 64)}
-	f.Listener = newListener(inner, func(id string, conn net.Conn) { f.tunnels <- opened{id, conn} },
+	f.Listener = newListener(inner, Security{}, func(id string, conn net.Conn) { f.tunnels <- opened{id, conn} },
 		slog.New(slog.DiscardHandler), limit, within)
 	t.Cleanup(func() {
 		if err := f.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
@@ -97,7 +97,7 @@ func wantClosed(t *testing.T, conn net.Conn) {
 func TestListener_GivesATunnelItsOwnConnectionUpToTheLastByte(t *testing.T) {
 	t.Parallel()
 	f := start(t, maxUndecided, decideWithin)
-	agent, err := Dial(t.Context(), f.addr, "abc-DEF_123")
+	agent, err := Dial(t.Context(), Plain, f.addr, "abc-DEF_123")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,7 +193,7 @@ func TestListener_TheDeadlineIsLiftedForWhatIsHandedOn(t *testing.T) {
 	t.Parallel()
 	const within = 50 * time.Millisecond
 	f := start(t, maxUndecided, within)
-	agent, err := Dial(t.Context(), f.addr, "t")
+	agent, err := Dial(t.Context(), Plain, f.addr, "t")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +235,7 @@ func TestListener_AFloodClosesItsOwnOldest(t *testing.T) {
 
 func wantTunnel(t *testing.T, f *farm, id string) {
 	t.Helper()
-	conn, err := Dial(t.Context(), f.addr, id)
+	conn, err := Dial(t.Context(), Plain, f.addr, id)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -256,7 +256,7 @@ func TestListener_CloseEndsUndecidedAndAcceptButNotTunnels(t *testing.T) {
 	f := start(t, maxUndecided, time.Hour)
 	silent := f.dial(t)
 	waiting := f.write(t, "PRI") // decided, but nobody accepts it
-	agent, err := Dial(t.Context(), f.addr, "lives-on")
+	agent, err := Dial(t.Context(), Plain, f.addr, "lives-on")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +299,7 @@ func TestListener_RetriesPassingErrorsAndTellsLastingOnes(t *testing.T) {
 		t.Fatal(err)
 	}
 	broken := &tired{Listener: inner}
-	l := NewListener(broken, nil, slog.New(slog.DiscardHandler))
+	l := NewListener(broken, Security{}, nil, slog.New(slog.DiscardHandler))
 	defer func() { _ = l.Close() }()
 	if _, err := l.Accept(); !errors.Is(err, errBroken) {
 		t.Errorf("Accept: %v, want %v", err, errBroken)
@@ -342,7 +342,7 @@ func TestListener_ServesGRPCBesideTunnels(t *testing.T) {
 func TestDial_RefusesAnInvalidIDBeforeDialing(t *testing.T) {
 	t.Parallel()
 	for _, id := range []string{"", "a b", "a\n", strings.Repeat("x", 65)} {
-		if _, err := Dial(t.Context(), address.Address{}, id); !errors.Is(err, ErrInvalidID) {
+		if _, err := Dial(t.Context(), Plain, address.Address{}, id); !errors.Is(err, ErrInvalidID) {
 			t.Errorf("Dial(%q): %v", id, err)
 		}
 	}

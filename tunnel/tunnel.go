@@ -52,16 +52,24 @@ func notInID(r rune) bool {
 	}
 }
 
+// Dialer connects to an address.
+type Dialer func(ctx context.Context, addr address.Address) (net.Conn, error)
+
+// Plain is the Dialer that secures nothing.
+func Plain(ctx context.Context, addr address.Address) (net.Conn, error) { return addr.Dial(ctx) }
+
 // Dial connects to a Listener at addr and names the connection id. ctx bounds
 // the dialing and the writing of the preamble, not the life of the connection.
 //
 // Nobody answers a preamble: a listener that does not know the id closes the
 // connection, which the first read then tells.
-func Dial(ctx context.Context, addr address.Address, id string) (net.Conn, error) {
+//
+// The dialer makes the connection, secured as the listener wants it.
+func Dial(ctx context.Context, dial Dialer, addr address.Address, id string) (net.Conn, error) {
 	if !ValidID(id) {
 		return nil, ErrInvalidID
 	}
-	conn, err := addr.Dial(ctx)
+	conn, err := dial(ctx, addr)
 	if err != nil {
 		return nil, err
 	}

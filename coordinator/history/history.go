@@ -16,6 +16,8 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/archfarm/archfarm/identity"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"google.golang.org/grpc"
 )
@@ -50,6 +52,7 @@ type History struct {
 	ctx     context.Context // never ends; for what nobody waits for
 
 	mu         sync.Mutex
+	tenants    map[string]string    // whose builds they are, by reference: all that run or have a record
 	running    map[string]*Recorder // from Begin until the record is visible
 	fresh      map[string]*Recorder // from then until it is on disk
 	finalizers map[string]*finalizer
@@ -77,6 +80,9 @@ func Open(ctx context.Context, options Options) (*History, error) {
 		options: options, store: s, ctx: context.WithoutCancel(ctx), ending: make(chan struct{}),
 		running: map[string]*Recorder{}, fresh: map[string]*Recorder{}, finalizers: map[string]*finalizer{},
 		listeners: map[*listener]struct{}{}, deleted: map[string]struct{}{},
+	}
+	if h.tenants, err = s.tenants(); err != nil {
+		return nil, errors.Join(err, s.close())
 	}
 	h.work.Go(h.collectGarbage) // ends with closing
 	return h, nil
@@ -149,7 +155,7 @@ func (h *History) Listen(ctx context.Context, req *controlapi.BuildHistoryReques
 	if err := h.visible(ctx, req.GetRef()); err != nil {
 		return err
 	}
-	l, active, fresh, err := h.listen(req.GetRef())
+	l, active, fresh, err := h.listen(identity.FromContext(ctx), req.GetRef())
 	if err != nil {
 		return err
 	}
@@ -164,6 +170,7 @@ func (h *History) Listen(ctx context.Context, req *controlapi.BuildHistoryReques
 		if err != nil {
 			return err
 		}
+		records = slices.DeleteFunc(records, func(r *controlapi.BuildHistoryRecord) bool { return !h.maySee(ctx, r.GetRef()) })
 		chosen, err := choose(records, req.GetFilter(), req.GetLimit())
 		if err != nil {
 			return err
@@ -178,6 +185,14 @@ func (h *History) Listen(ctx context.Context, req *controlapi.BuildHistoryReques
 		return nil
 	}
 	return l.follow(ctx, send)
+}
+
+// maySee tells whether the caller may see a build: those of its own tenant, or all
+// if it operates the farm.
+func (h *History) maySee(ctx context.Context, ref string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return identity.FromContext(ctx).MaySee(h.tenants[ref])
 }
 
 // visible waits for the records of builds whose clients have their answer: a
@@ -248,6 +263,9 @@ func (h *History) Update(ctx context.Context, req *controlapi.UpdateBuildHistory
 	if err := h.stored(ctx, req.GetRef()); err != nil {
 		return err
 	}
+	if !h.maySee(ctx, req.GetRef()) {
+		return fmt.Errorf("updating the build record %s: %w", req.GetRef(), os.ErrNotExist)
+	}
 	switch {
 	case req.GetDelete():
 		_ = h.finalize(ctx, req.GetRef()) // its trace would bring it back
@@ -300,6 +318,7 @@ func (h *History) remove(ref string) (bool, error) {
 	}
 	h.mu.Lock()
 	h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_DELETED, Record: &controlapi.BuildHistoryRecord{Ref: ref}})
+	h.forgetTenant(ref)
 	closing := h.closing
 	h.mu.Unlock()
 	if !closing && len(e.Legs) > 0 {
@@ -308,11 +327,19 @@ func (h *History) remove(ref string) (bool, error) {
 	return true, nil
 }
 
+// forgetTenant follows the end of a record; a build of that reference may run
+// again. h.mu is held.
+func (h *History) forgetTenant(ref string) {
+	if h.running[ref] == nil && h.fresh[ref] == nil {
+		delete(h.tenants, ref)
+	}
+}
+
 // Status passes the progress of an ended build to send. It is not known, without
 // an error, if the build still runs or has no record.
 func (h *History) Status(ctx context.Context, ref string, send func(*controlapi.StatusResponse) error) (known bool, err error) {
 	record, err := h.find(ref)
-	if err != nil || record == nil {
+	if err != nil || record == nil || !h.maySee(ctx, ref) {
 		return false, err
 	}
 	if record.GetLogs() == nil {
@@ -345,8 +372,11 @@ func (h *History) find(ref string) (*controlapi.BuildHistoryRecord, error) {
 
 // tell passes an event to the listeners. h.mu is held.
 func (h *History) tell(e *controlapi.BuildHistoryEvent) {
+	tenant := h.tenants[e.GetRecord().GetRef()]
 	for l := range h.listeners {
-		l.tell(e)
+		if l.viewer.MaySee(tenant) {
+			l.tell(e)
+		}
 	}
 }
 

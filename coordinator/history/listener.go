@@ -10,11 +10,14 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/identity"
 )
 
 // listener is one client that listens to what happens.
 type listener struct {
-	ref string // of the only build that it is interested in; empty for all
+	ref    string // of the only build that it is interested in; empty for all
+	viewer identity.Identity
 
 	mu      sync.Mutex
 	pending []*controlapi.BuildHistoryEvent
@@ -25,16 +28,16 @@ type listener struct {
 
 // listen registers a listener, and returns what there was at that moment: the
 // builds that run, and the ended ones that are not on disk yet.
-func (h *History) listen(ref string) (l *listener, active []*controlapi.BuildHistoryRecord, fresh map[string]*controlapi.BuildHistoryRecord, err error) {
+func (h *History) listen(viewer identity.Identity, ref string) (l *listener, active []*controlapi.BuildHistoryRecord, fresh map[string]*controlapi.BuildHistoryRecord, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if _, gone := h.deleted[ref]; gone {
 		return nil, nil, nil, fmt.Errorf("ref %s is deleted", ref)
 	}
-	l = &listener{ref: ref, wake: make(chan struct{}, 1), over: h.closing}
+	l = &listener{ref: ref, viewer: viewer, wake: make(chan struct{}, 1), over: h.closing}
 	h.listeners[l] = struct{}{}
 	for _, r := range h.running {
-		if ref == "" || ref == r.ref {
+		if (ref == "" || ref == r.ref) && viewer.MaySee(r.tenant) {
 			active = append(active, r.started)
 		}
 	}

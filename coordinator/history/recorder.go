@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/archfarm/archfarm/coordinator/progress"
+	"github.com/archfarm/archfarm/identity"
 )
 
 // Recorder writes the record of one build. A nil Recorder writes nothing: that
@@ -26,6 +27,7 @@ import (
 type Recorder struct {
 	h        *History
 	ref      string
+	tenant   string // whose build it is
 	started  *controlapi.BuildHistoryRecord // as it was when the build began; does not change
 	progress *progress.Stream
 	traceID  trace.TraceID
@@ -61,7 +63,7 @@ func (h *History) Begin(ctx context.Context, req *controlapi.SolveRequest, expor
 		return nil
 	}
 	r := &Recorder{
-		h: h, ref: req.GetRef(), progress: stream, images: map[int]ocispecs.Descriptor{}, started: begun(req, exporters),
+		h: h, ref: req.GetRef(), tenant: identity.FromContext(ctx).Tenant, progress: stream, images: map[int]ocispecs.Descriptor{}, started: begun(req, exporters),
 		answered: make(chan struct{}), visible: make(chan struct{}), stored: make(chan struct{}), finalizer: newFinalizer(),
 	}
 	h.mu.Lock()
@@ -73,7 +75,7 @@ func (h *History) Begin(ctx context.Context, req *controlapi.SolveRequest, expor
 		r.traceID = trace.SpanContextFromContext(ctx).TraceID()
 		r.spans = h.options.Spans.Record(ctx)
 	}
-	h.running[r.ref] = r
+	h.running[r.ref], h.tenants[r.ref] = r, r.tenant
 	h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_STARTED, Record: r.started})
 	h.work.Go(func() { r.run(context.WithoutCancel(ctx)) }) // ends some time after Complete, every wait being bounded
 	return r
@@ -254,6 +256,7 @@ func (r *Recorder) add(ctx context.Context, mediaType string, data []byte) (ocis
 // disk.
 func (r *Recorder) store(ctx context.Context) error {
 	e := r.gather(ctx)
+	e.Tenant = r.tenant
 	if err := r.h.store.blobs.persist(ctx, e.digests()...); err != nil {
 		return err
 	}
@@ -272,6 +275,7 @@ func (h *History) publish(r *Recorder, err error) {
 		delete(h.running, r.ref)
 	}
 	if err != nil {
+		h.forgetTenant(r.ref)
 		return
 	}
 	delete(h.deleted, r.ref)
@@ -290,6 +294,7 @@ func (h *History) settle(r *Recorder, err error) {
 	delete(h.fresh, r.ref)
 	if err != nil {
 		h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_DELETED, Record: &controlapi.BuildHistoryRecord{Ref: r.ref}})
+		h.forgetTenant(r.ref)
 	}
 }
 

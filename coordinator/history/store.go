@@ -35,6 +35,7 @@ type Leg struct {
 
 // extent is what belongs to a record.
 type extent struct {
+	Tenant string  `json:"tenant,omitempty"` // whose build it was
 	Legs   []Leg   `json:"legs,omitempty"`
 	Blobs  []blob  `json:"blobs,omitempty"`  // in this store
 	Places []place `json:"places,omitempty"` // of blobs that stayed with a worker
@@ -214,6 +215,21 @@ func (s *store) each(ref string, f func(*controlapi.BuildHistoryRecord)) error {
 			return visit([]byte(ref), raw)
 		}
 		return nil
+	})
+}
+
+// tenants tells whose builds the records are of, by reference.
+func (s *store) tenants() (map[string]string, error) {
+	out := map[string]string{}
+	return out, s.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketExtents).ForEach(func(key, raw []byte) error {
+			var e extent
+			if err := json.Unmarshal(raw, &e); err != nil {
+				return fmt.Errorf("reading the record of build %q: %w", key, err)
+			}
+			out[string(key)] = e.Tenant
+			return nil
+		})
 	})
 }
 

@@ -1,0 +1,137 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/worker/enroll"
+)
+
+const (
+	// adminSocket is where a coordinator that was installed as the guide says can be
+	// asked anything by whoever the file system lets.
+	adminSocket = "/var/lib/archfarm/admin.sock"
+	localFarm   = "tcp://127.0.0.1:8372"
+)
+
+// farmFlags are those of every command that asks a coordinator.
+func farmFlags(flags *pflag.FlagSet) {
+	flags.String("farm", "", "the coordinator to ask: host:port, tcp://host:port or unix:///path (default: unix://"+adminSocket+" where that exists, else the first that came with --cert-dir, else "+localFarm+")")
+	flags.String("cert-dir", "", "folder with ca.pem, cert.pem and key.pem, as archfarm client-cert makes it")
+	flags.Bool("insecure", false, "talk to a coordinator on another machine without encryption")
+}
+
+// farm is a coordinator, and how to talk to it.
+type farm struct {
+	address address.Address
+	creds   credentials.TransportCredentials
+}
+
+// dialFarm returns a connection to the coordinator that the flags of farmFlags
+// name. The connection is made at the first call on it; see farmName for errors.
+func dialFarm(cmd *cobra.Command) (*grpc.ClientConn, error) {
+	f, err := farmOf(cmd)
+	if err != nil {
+		return nil, err
+	}
+	return f.dial()
+}
+
+// farmName is how messages name the coordinator that dialFarm dials.
+func farmName(cmd *cobra.Command) string {
+	a, err := farmAddress(cmd)
+	if err != nil {
+		return "the farm"
+	}
+	return a.String()
+}
+
+func (f farm) dial() (*grpc.ClientConn, error) {
+	authority := "localhost"
+	if f.address.Network == "tcp" {
+		authority = f.address.Addr
+	}
+	return grpc.NewClient("passthrough:///farm", grpc.WithTransportCredentials(f.creds), grpc.WithAuthority(authority),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return f.address.Dial(ctx) }))
+}
+
+func farmOf(cmd *cobra.Command) (farm, error) {
+	a, err := farmAddress(cmd)
+	if err != nil {
+		return farm{}, err
+	}
+	dir, _ := cmd.Flags().GetString("cert-dir")
+	plain, _ := cmd.Flags().GetBool("insecure")
+	f := farm{address: a, creds: insecure.NewCredentials()}
+	switch {
+	case a.Network == "unix":
+		return f, nil
+	case dir != "":
+		creds, err := loadCertificate(dir)
+		if err != nil {
+			return farm{}, err
+		}
+		f.creds = credentials.NewTLS(creds.TLS())
+		return f, nil
+	case plain || loopback(a):
+		return f, nil
+	}
+	return farm{}, usageError{fmt.Errorf("%s is another machine, and wants a certificate: name its folder with --cert-dir (archfarm client-cert makes one), or use --insecure if nobody can listen on the way", a)}
+}
+
+func loadCertificate(dir string) (*enroll.Credentials, error) {
+	creds, err := enroll.Load(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, usageError{fmt.Errorf("--cert-dir %s: %w; archfarm client-cert --dir %s makes them", dir, err, dir)}
+	}
+	return creds, err
+}
+
+func farmAddress(cmd *cobra.Command) (address.Address, error) {
+	text, _ := cmd.Flags().GetString("farm")
+	if text == "" {
+		dir, _ := cmd.Flags().GetString("cert-dir")
+		text = defaultFarm(dir)
+	}
+	list, err := addresses("farm", []string{text})
+	if err != nil {
+		return address.Address{}, err
+	}
+	return list[0], nil
+}
+
+// defaultFarm is where commands ask that are not told: a certificate's own farm, a
+// coordinator's socket, or what runs with the defaults on this machine.
+func defaultFarm(certDir string) string {
+	if list := enroll.Coordinators(filepath.Clean(certDir)); certDir != "" && len(list) > 0 {
+		return list[0]
+	}
+	if info, err := os.Stat(adminSocket); err == nil && info.Mode().Type() == fs.ModeSocket {
+		return "unix://" + adminSocket
+	}
+	return localFarm
+}
+
+// loopback tells whether an address is on this machine: what is sent there, nobody
+// else hears.
+func loopback(a address.Address) bool {
+	host, _, err := net.SplitHostPort(a.Addr)
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(cmp.Or(host, "127.0.0.1"))
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
