@@ -4,7 +4,8 @@
 //
 // Gossip is a hint. It says where a coordinator may be found, and authorises
 // nothing: whoever can send packets here can claim to be a coordinator, unless
-// a key is set, which then is shared by all members.
+// keys are set, which then are shared by all members (Keyring). They can be changed
+// while the farm gossips.
 package gossip
 
 import (
@@ -73,9 +74,13 @@ type Config struct {
 	// Join are seeds, host:port each: members that are tried at the start and
 	// whenever they are not among the living ones, for as long as the node runs.
 	Join []string
-	// Key encrypts and authenticates all gossip with AES-GCM: 16, 24 or 32 bytes,
-	// the same on all members. Nil: in the clear.
-	Key []byte
+	// Keys encrypt and authenticate all gossip with AES-GCM: 16, 24 or 32 bytes
+	// each, at most 8. The first encrypts; all members must have that. None: in the
+	// clear.
+	Keys [][]byte
+	// Rejected, if it is set, is told of every packet and stream that is not taken
+	// because it is not of this farm. It must not block.
+	Rejected func(Reason)
 	// GRPC is where others reach a coordinator's gRPC port, as host:port. A host
 	// that is empty or unspecified (0.0.0.0, ::) means: the host of this member's
 	// gossip address. Empty for workers.
@@ -84,6 +89,8 @@ type Config struct {
 	RejoinInterval time.Duration
 	// Logger gets what happens, and memberlist's own log; nil discards it.
 	Logger *slog.Logger
+
+	tune func(*memberlist.Config) // of tests
 }
 
 // Node is this process as a member. Its methods may be called concurrently.
@@ -92,6 +99,9 @@ type Node struct {
 	role    Role
 	log     *slog.Logger
 	changed chan struct{}
+	poked   chan struct{} // ends the wait between two looks after the seeds
+	keying  sync.Mutex    // held while keyring is changed
+	keyring *memberlist.Keyring
 	// contested is when another address was last seen under our name, in
 	// nanoseconds since 1970; 0 is never.
 	contested atomic.Int64
@@ -100,6 +110,7 @@ type Node struct {
 
 	mu      sync.Mutex
 	members map[string]known // the living ones, this one included, by name
+	missed  missed           // the ones that were
 
 	closing sync.Once
 	closed  error
@@ -118,7 +129,15 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
-	n := &Node{role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1), members: map[string]known{}}
+	n := &Node{
+		role: cfg.Role, log: cfg.Logger, changed: make(chan struct{}, 1), poked: make(chan struct{}, 1),
+		keyring: &memberlist.Keyring{}, members: map[string]known{}, missed: missed{},
+	}
+	if len(cfg.Keys) > 0 {
+		if err := setKeyring(n.keyring, cfg.Keys); err != nil {
+			return nil, fmt.Errorf("gossip: %w", err)
+		}
+	}
 	mc, err := cfg.memberlist(ctx, n)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
@@ -200,6 +219,14 @@ func (n *Node) close(ctx context.Context) error {
 	}
 }
 
+// poke has the seeds looked after now.
+func (n *Node) poke() {
+	select {
+	case n.poked <- struct{}{}:
+	default:
+	}
+}
+
 func (n *Node) notify() {
 	select {
 	case n.changed <- struct{}{}:
@@ -225,10 +252,8 @@ func (c *Config) validate() error {
 			return fmt.Errorf("gRPC address: %q is neither a name nor an IP address", host)
 		}
 	}
-	if len(c.Key) > 0 {
-		if err := memberlist.ValidateKey(c.Key); err != nil {
-			return fmt.Errorf("the key has %d bytes; use 16, 24 or 32", len(c.Key))
-		}
+	if err := Keyring(c.Keys).Validate(); err != nil {
+		return err
 	}
 	for _, seed := range c.Join {
 		if _, _, err := splitHostPort(seed); err != nil {
@@ -274,9 +299,10 @@ func (c *Config) memberlist(ctx context.Context, n *Node) (*memberlist.Config, e
 	mc.SkipInboundLabelCheck = false
 	mc.BindAddr, mc.BindPort = host.String(), int(port)
 	mc.AdvertisePort = int(port)
-	mc.SecretKey = c.Key
+	mc.Keyring = n.keyring // an empty one is no encryption, until it has a key
+	mc.GossipVerifyIncoming, mc.GossipVerifyOutgoing = true, true
 	mc.DeadNodeReclaimTime = reclaimAfter
-	mc.LogOutput = &logWriter{log: c.Logger}
+	mc.LogOutput = &logWriter{log: c.Logger, rejected: c.Rejected}
 	mc.Events = events{n}
 	mc.Conflict = conflicts{n, mc.Name}
 	mc.Delegate, err = newDelegate(c.Role, c.GRPC)
@@ -296,6 +322,9 @@ func (c *Config) memberlist(ctx context.Context, n *Node) (*memberlist.Config, e
 			return nil, fmt.Errorf("advertised address %q: nobody can reach an unspecified host", c.Advertise)
 		}
 		mc.AdvertiseAddr, mc.AdvertisePort = host.String(), int(port)
+	}
+	if c.tune != nil {
+		c.tune(mc)
 	}
 	return mc, nil
 }

@@ -153,27 +153,58 @@ func TestNode_ANameMovesToAnotherPortAfterARestart(t *testing.T) {
 func TestNode_AnotherKeyIsAnotherFarm(t *testing.T) {
 	t.Parallel()
 	key, other := bytes.Repeat([]byte{1}, 32), bytes.Repeat([]byte{2}, 32)
-	var log lockedLog
-	cfg := coordinator("c", "192.0.2.1:8372")
-	cfg.Key, cfg.Logger = key, slog.New(slog.NewTextHandler(&log, nil))
-	c := start(t, cfg)
-
-	for name, k := range map[string][]byte{"wrong": other, "none": nil} {
-		cfg := worker(name, c.Addr())
-		cfg.Key = k
-		w := start(t, cfg)
-		log.wait(t, "level=WARN") // memberlist on c says that it was refused
+	for name, keys := range map[string][][]byte{"wrong": {other}, "none": nil} {
+		var log lockedLog
+		rejected := make(chan gossip.Reason, 1000)
+		cfg := coordinator("c", "192.0.2.1:8372")
+		cfg.Keys, cfg.Logger = [][]byte{key}, slog.New(slog.NewTextHandler(&log, nil))
+		cfg.Rejected = func(r gossip.Reason) {
+			select {
+			case rejected <- r:
+			default:
+			}
+		}
+		c := start(t, cfg)
+		stranger := worker(name, c.Addr())
+		stranger.Keys = keys
+		w := start(t, stranger)
+		for range 3 {
+			if got := <-rejected; got != gossip.WrongKey {
+				t.Errorf("with %s key: rejected because of %q", name, got)
+			}
+		}
 		if got := w.Coordinators(); len(got) != 0 {
 			t.Errorf("with %s key: coordinators %q", name, got)
 		}
-		stop(t, w)
-		log.reset()
+		if n := strings.Count(log.String(), "level=WARN"); n != 1 || !strings.Contains(log.String(), "address=127.0.0.1") {
+			t.Errorf("with %s key: %d warnings, want one that names the address:\n%s", name, n, log.String())
+		}
+
+		right := worker("right", c.Addr())
+		right.Keys = [][]byte{key}
+		wantCoordinators(t, start(t, right), "192.0.2.1:8372")
+		if strings.Contains(log.String(), string(key)) {
+			t.Error("the key is in the log")
+		}
 	}
-	cfg = worker("right", c.Addr())
-	cfg.Key = key
-	wantCoordinators(t, start(t, cfg), "192.0.2.1:8372")
-	if strings.Contains(log.String(), string(key)) {
-		t.Error("the key is in the log")
+}
+
+func TestNode_GossipInTheClearBecomesEncrypted(t *testing.T) {
+	t.Parallel()
+	key := gossip.NewKey()
+	cfg := coordinator("c", "192.0.2.1:8372")
+	cfg.Keys = [][]byte{key}
+	c := start(t, cfg)
+	w := start(t, worker("w", c.Addr()))
+	if err := w.SetKeyring([][]byte{key}); err != nil {
+		t.Fatal(err)
+	}
+	wantCoordinators(t, w, "192.0.2.1:8372")
+	if err := w.SetKeyring(nil); err == nil {
+		t.Error("encrypted gossip was put in the clear")
+	}
+	if err := w.SetKeyring([][]byte{[]byte("short")}); err == nil || !w.Keys().Equal(gossip.Keyring{key}) {
+		t.Errorf("a short key: %v, and %d keys are left", err, len(w.Keys()))
 	}
 }
 
@@ -187,7 +218,7 @@ func TestStart_SaysWhatIsWrong(t *testing.T) {
 		"a name with slash": {worker("a/b"), "name"},
 		"a long name":       {worker(strings.Repeat("a", 129)), "name"},
 		"no role":           {gossip.Config{Name: "a"}, "role"},
-		"a short key":       {gossip.Config{Name: "a", Role: gossip.Worker, Key: []byte("short")}, "5 bytes"},
+		"a short key":       {gossip.Config{Name: "a", Role: gossip.Worker, Keys: [][]byte{[]byte("short")}}, "5 bytes"},
 		"a seed, no port":   {worker("a", "localhost"), "seed"},
 		"a gRPC path":       {coordinator("a", "a/b:1"), "gRPC"},
 		"a worker's gRPC":   {gossip.Config{Name: "a", Role: gossip.Worker, GRPC: ":1"}, "gRPC"},

@@ -21,9 +21,10 @@ const (
 	contestedRetry = 2 * time.Second
 )
 
-// keepJoined joins the seeds that are not among the living members, for ever:
-// memberlist forgets a member that was gone for long, so that two halves of a
-// farm that a network failure had parted find together only by their seeds.
+// keepJoined joins the seeds that are not among the living members, for ever, and
+// members that were living once, for long: memberlist forgets a member that was
+// gone for a minute, so that two halves of a farm that a network failure had parted
+// find together only by those.
 //
 // Seeds that are living members are left alone, as a join exchanges the whole
 // state, but for two cases: they may know our name under another address, and a
@@ -31,17 +32,15 @@ const (
 // too, with the next exchange of states between the two, in half a minute or
 // more.
 func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Duration) {
-	if len(seeds) == 0 {
-		return
-	}
 	retry := min(firstRetry, interval)
 	for {
 		err := n.join(ctx, seeds)
+		n.joinMissed(interval)
 		wait := interval
 		switch {
 		case ctx.Err() != nil:
 			return
-		case err != nil || n.isLost():
+		case err != nil || len(seeds) > 0 && n.isLost():
 			wait = retry
 			retry = min(2*retry, interval)
 		case n.isContested():
@@ -57,9 +56,27 @@ func (n *Node) keepJoined(ctx context.Context, seeds []string, interval time.Dur
 		wait -= rand.N(wait/5 + 1)
 		select {
 		case <-time.After(wait):
+		case <-n.poked:
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+// joinMissed tries members that were lost, a few at a time. That they do not answer
+// is what is expected of them.
+func (n *Node) joinMissed(interval time.Duration) {
+	n.mu.Lock()
+	due := n.missed.due(time.Now(), interval)
+	n.mu.Unlock()
+	for _, addr := range due {
+		if _, err := n.list.Join([]string{addr.String()}); err != nil {
+			continue
+		}
+		n.mu.Lock()
+		n.missed.forget(addr)
+		n.mu.Unlock()
+		n.log.Info("a member of the gossip that was lost answers again", "member", addr.String())
 	}
 }
 

@@ -62,6 +62,7 @@ func (e events) NotifyUpdate(m *memberlist.Node) { e.n.know(m) }
 
 func (e events) NotifyLeave(m *memberlist.Node) {
 	e.n.mu.Lock()
+	e.n.missed.remember(m.Name, e.n.members[m.Name], time.Now())
 	delete(e.n.members, m.Name)
 	e.n.mu.Unlock()
 	e.n.notify()
@@ -75,6 +76,7 @@ func (n *Node) know(m *memberlist.Node) {
 	entry.coordinator, _ = coordinatorAddress(m)
 	n.mu.Lock()
 	n.members[m.Name] = entry
+	delete(n.missed, m.Name)
 	n.mu.Unlock()
 	n.notify()
 }

@@ -25,9 +25,17 @@ type NoWorkerError struct {
 	// Step names what needs it, for instance `[linux/s390x 3/4] RUN make`;
 	// empty when the whole leg does.
 	Step string
-	// Fleet lists what the farm has: "linux/amd64 (3), linux/arm64 (5)". Empty and
-	// "no workers" both mean that nothing is attached.
+	// Pools that it may run in; empty: any.
+	Pools []string
+	// Fleet lists what the farm, or those pools, have: "linux/amd64 (3), linux/arm64
+	// (5)". Empty and "no workers" both mean that nothing is attached.
 	Fleet string
+	// Others lists likewise what other pools have; empty for nothing, or nothing that
+	// the build's client may know of.
+	Others string
+	// Emulators counts workers of those pools that could emulate the platform, but
+	// must not.
+	Emulators int
 	// Detail says why workers of that platform do not count, if there are any:
 	// "2 draining, 1 full".
 	Detail string
@@ -37,6 +45,10 @@ func (e *NoWorkerError) Error() string {
 	var b strings.Builder
 	b.WriteString("no native worker for ")
 	b.WriteString(e.Platform)
+	if len(e.Pools) > 0 {
+		b.WriteString(" in ")
+		b.WriteString(Pools(e.Pools))
+	}
 	if e.Step != "" {
 		fmt.Fprintf(&b, ", needed by %q", e.Step)
 	}
@@ -45,13 +57,49 @@ func (e *NoWorkerError) Error() string {
 		b.WriteString(e.Detail)
 		b.WriteString("; ")
 	}
-	if e.Fleet == "" || e.Fleet == noWorkers {
+	e.writeFleet(&b)
+	if e.Emulators > 0 {
+		fmt.Fprintf(&b, "; emulation would be possible on %d of them, if the coordinator's --allow-emulation named their pool", e.Emulators)
+	}
+	return b.String()
+}
+
+func (e *NoWorkerError) writeFleet(b *strings.Builder) {
+	nothing := e.Fleet == "" || e.Fleet == noWorkers
+	switch {
+	case len(e.Pools) > 0 && nothing:
+		b.WriteString(Pools(e.Pools))
+		b.WriteString(have(e.Pools))
+		b.WriteString("no workers")
+	case len(e.Pools) > 0:
+		b.WriteString(Pools(e.Pools))
+		b.WriteString(have(e.Pools))
+		b.WriteString(e.Fleet)
+	case nothing:
 		b.WriteString(`the farm has no workers; start one with "archfarm worker"`)
-	} else {
+	default:
 		b.WriteString("the farm has ")
 		b.WriteString(e.Fleet)
 	}
-	return b.String()
+	if e.Others != "" {
+		b.WriteString("; other pools have ")
+		b.WriteString(e.Others)
+	}
+}
+
+// Pools names pools, of which there are some: "pool office", "pools cloud, office".
+func Pools(names []string) string {
+	if len(names) == 1 {
+		return "pool " + names[0]
+	}
+	return "pools " + strings.Join(names, ", ")
+}
+
+func have(names []string) string {
+	if len(names) == 1 {
+		return " has "
+	}
+	return " have "
 }
 
 // GRPCStatus makes the error a FailedPrecondition on the wire.

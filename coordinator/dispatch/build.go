@@ -18,12 +18,14 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
 	"github.com/archfarm/archfarm/coordinator/split"
+	"github.com/archfarm/archfarm/identity"
 )
 
 // Farm is what every build shares.
@@ -43,6 +45,7 @@ type Build struct {
 	Progress *progress.Stream
 
 	farm   *Farm
+	who    identity.Identity // whose it is
 	client *client
 	warned *progress.Warned // by the legs
 	req    *controlapi.SolveRequest
@@ -59,7 +62,9 @@ type Build struct {
 	starting sync.Mutex // one frontend call starts the legs, others wait for it
 
 	mu         sync.Mutex
+	pools      []string // that it may run in, sorted; none for any
 	legs       []*leg
+	shown      []*leg // what Explain tells of, by the order asked: the latest, queued or running
 	exports    *split.ExportPlan
 	merge      *export.Merge   // of what the legs export, nil where nothing is captured; set before the legs
 	ending     sync.WaitGroup  // legs that have finished, and are being let go
@@ -88,14 +93,18 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 			return nil, err
 		}
 	}
-	b := f.newBuild(ctx, req)
-	b.announced = legs
+	pools, err := poolsFor(identity.FromContext(ctx), req.GetFrontendAttrs())
+	if err != nil {
+		return nil, status.Errorf(status.Code(err), "starting a build: %s", build.Message(err))
+	}
+	b := f.newBuild(ctx, split.WithoutPools(req))
+	b.announced, b.pools = legs, pools
 	return b, nil
 }
 
 func (f *Farm) newBuild(ctx context.Context, req *controlapi.SolveRequest) *Build {
 	b := &Build{
-		Progress: progress.NewStream(0), farm: f, client: clientOf(ctx), warned: progress.NewWarned(), req: req, log: f.Log.With("build", req.GetRef()),
+		Progress: progress.NewStream(0), farm: f, who: identity.FromContext(ctx), client: clientOf(ctx), warned: progress.NewWarned(), req: req, log: f.Log.With("build", req.GetRef()),
 		refs: map[string]*leg{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
 	}
 	// The build outlives its request by the rest of its progress; until it has its

@@ -8,6 +8,8 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/identity"
 )
 
 // lingering is for how long an ended build can still be asked for its progress:
@@ -166,13 +168,14 @@ func (bs *Builds) Draining() bool {
 }
 
 // Find returns the build of that reference. Clients ask before or after they
-// start it, so it waits a while: NotFound when it does not come.
+// start it, so it waits a while: NotFound when it does not come, and for a build of
+// another tenant.
 func (bs *Builds) Find(ctx context.Context, ref string, patience time.Duration) (*Build, error) {
 	bs.mu.Lock()
 	b, ok := bs.builds[ref]
 	if ok {
 		bs.mu.Unlock()
-		return b, nil
+		return b.seenBy(ctx)
 	}
 	awaited, ok := bs.arrival[ref]
 	if !ok {
@@ -195,7 +198,17 @@ func (bs *Builds) Find(ctx context.Context, ref string, patience time.Duration) 
 		delete(bs.arrival, ref)
 	}
 	if b, ok := bs.builds[ref]; ok {
-		return b, nil
+		return b.seenBy(ctx)
 	}
-	return nil, status.Errorf(codes.NotFound, "no such job %s", ref)
+	return nil, noSuchJob(ref)
 }
+
+// seenBy returns the build if the caller may see it.
+func (b *Build) seenBy(ctx context.Context) (*Build, error) {
+	if !identity.FromContext(ctx).MaySee(b.who.Tenant) {
+		return nil, noSuchJob(b.req.GetRef())
+	}
+	return b, nil
+}
+
+func noSuchJob(ref string) error { return status.Errorf(codes.NotFound, "no such job %s", ref) }

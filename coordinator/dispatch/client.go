@@ -9,11 +9,9 @@ import (
 
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
-	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 
-	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/split"
 )
 
@@ -47,7 +45,11 @@ func newClient() *client {
 // unknown origin.
 func clientOf(ctx context.Context) *client {
 	if p, ok := peer.FromContext(ctx); ok {
-		if known, ok := p.AuthInfo.(connection); ok {
+		info := p.AuthInfo
+		if around, ok := info.(interface{ Unwrap() credentials.AuthInfo }); ok {
+			info = around.Unwrap()
+		}
+		if known, ok := info.(connection); ok {
 			return known.client
 		}
 	}
@@ -250,15 +252,14 @@ func (c *client) built(l *leg, def *pb.Definition) {
 	}
 }
 
-// home is the worker that has built one of the definitions, and runs the platform
-// and takes more work; empty when there is none.
-func (c *client) home(inputs []*pb.Definition, p ocispecs.Platform, workers []schedule.Worker) string {
+// home is the worker that has built one of the definitions, and takes the leg that
+// has them as inputs; empty when there is none.
+func (c *client) home(inputs []*pb.Definition, takes func(worker string) bool) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, def := range inputs {
 		for _, l := range c.results[split.Head(def)] {
-			i := slices.IndexFunc(workers, func(w schedule.Worker) bool { return w.Name == l.worker.Name })
-			if i >= 0 && workers[i].State == schedule.Ready && schedule.Runs(workers[i].Platforms, p) {
+			if takes(l.worker.Name) {
 				return l.worker.Name
 			}
 		}

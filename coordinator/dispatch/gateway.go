@@ -21,6 +21,10 @@ import (
 // Solve runs a frontend request: on the leg that it is for, or split over the
 // legs of the platforms that it lists, whose results become one.
 func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
+	req, err := b.repool(req)
+	if err != nil {
+		return nil, err
+	}
 	wanted, err := wantedLegs(req)
 	if err != nil {
 		return nil, err
@@ -237,7 +241,7 @@ func (b *Build) NewContainer(ctx context.Context, req *gwpb.NewContainerRequest)
 	if err != nil {
 		return nil, err
 	}
-	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !schedule.Runs(l.worker.Platforms, p.Platform) {
+	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !schedule.Runs(l.worker.Platforms, p.Platform) && !l.emulates(p.Platform) {
 		return nil, l.refusal(split.Exec{Name: "container " + req.GetContainerID(), Platform: &p.Platform})
 	}
 	resp, err := ask(ctx, l, l.attempt.gateway.NewContainer, req)

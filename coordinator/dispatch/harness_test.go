@@ -65,6 +65,7 @@ func newFarm(t *testing.T) *farm {
 		for _, w := range ws {
 			s := schedule.Worker{
 				Name: w.Name, Platforms: w.Platforms, Reported: w.Reported(),
+				Pool: w.Pool, Emulated: w.Emulated(), AllowEmulation: w.Pool == "emulating",
 				Slots: int(w.Report().GetSlots().GetTotal()), Used: int(w.Report().GetSlots().GetUsed()),
 			}
 			if w.Report().GetState() != archfarmv1.Worker_STATE_READY {
@@ -374,13 +375,16 @@ func beside(f func() error) (done func(t *testing.T) error) {
 	}
 }
 
+// runsOn is an architecture as BuildKit's messages have it.
+func runsOn(arch string) *pb.Platform { return &pb.Platform{OS: "linux", Architecture: arch} }
+
 // runs is a definition that executes something on each of the platforms.
 func runs(platforms ...string) *pb.Definition {
 	def := &pb.Definition{Metadata: map[string]*pb.OpMetadata{}}
 	for i, arch := range platforms {
 		op := &pb.Op{
 			Op:       &pb.Op_Exec{Exec: &pb.ExecOp{Meta: &pb.Meta{Args: []string{"make", fmt.Sprint(i)}}}},
-			Platform: &pb.Platform{OS: "linux", Architecture: arch},
+			Platform: runsOn(arch),
 		}
 		raw, err := op.MarshalVT()
 		if err != nil {

@@ -39,6 +39,8 @@ type leg struct {
 	key    string // of its platform in results
 	log    *progress.Leg
 
+	emulated bool           // on a worker that emulates what it demands
+	further  []string       // other platforms that it turned out to need emulated; guarded by build.mu
 	guest    bool           // on a worker of another platform, for want of a native one
 	split    bool           // one of several
 	siblings []*leg         // all legs of the build, this one included
@@ -54,6 +56,8 @@ type leg struct {
 	forget  func() // the alias
 
 	worker   *fleet.Worker
+	memory   memory    // of the worker
+	begun    time.Time // the attempt; guarded by build.mu, zero: it has not
 	attempt  *Attempt
 	releases map[string]func() // session relays, by the session; guarded by build.mu
 	over     bool              // nothing is relayed any more; likewise
@@ -91,6 +95,10 @@ func (l *leg) begin(conn *fleet.Conn) {
 	if l.session != "" {
 		req.Session = l.session
 	}
+	l.memory.begin(l.worker, l.host != nil)
+	l.build.mu.Lock()
+	l.begun = time.Now()
+	l.build.mu.Unlock()
 	l.attempt = startAttempt(l.build.ctx, conn, req, l)
 	l.build.client.enter(l)
 	l.build.farm.Metrics.attempt(l.label(), l.worker.Name)
@@ -297,6 +305,7 @@ func (l *leg) progress(s *controlapi.StatusResponse) {
 }
 
 func (l *leg) failure(err error) error {
+	err = l.withKill(err)
 	if !l.split {
 		return err
 	}

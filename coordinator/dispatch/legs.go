@@ -127,11 +127,11 @@ func (b *Build) place(ctx context.Context, all []split.Leg, exporters []*control
 func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 	key := b.warmthKey()
 	var legs []*leg
-	inputs, workers := b.frontendInputs(), b.farm.Scheduler.Snapshot()
+	inputs := b.frontendInputs()
 	var demands []schedule.Demand
 	for i, s := range all {
 		demand, guest := b.demand(s, key)
-		demand.On = b.client.home(inputs, demand.Platform, workers)
+		demand.On = b.client.home(inputs, func(worker string) bool { return b.farm.takes(worker, demand) })
 		demands = append(demands, demand)
 		l := b.newLeg(s, i, len(all) > 1)
 		l.guest, l.demand = guest, demand
@@ -145,6 +145,7 @@ func (b *Build) enqueue(all []split.Leg) ([]*leg, *schedule.Ticket, error) {
 		l.ticket, l.siblings = ticket, legs
 	}
 	b.client.expect(legs...)
+	b.show(legs...)
 	return legs, ticket, nil
 }
 
@@ -157,26 +158,30 @@ func (b *Build) newLeg(s split.Leg, index int, several bool) *leg {
 	return l
 }
 
-// foreign tells whether the farm, which has workers, runs a platform nowhere natively.
+// foreign tells whether the workers that the build may use, of which there are some,
+// run a platform nowhere natively.
 func (b *Build) foreign(l split.Leg) bool {
-	return !l.Unnamed() && !b.farm.Scheduler.Native(l.Platform) && len(b.farm.Scheduler.Snapshot()) > 0
+	return !l.Unnamed() && !b.native(l.Platform) && len(b.farm.workers(b.allowed())) > 0
 }
 
 // demand is what a leg asks of the scheduler. A platform that is native nowhere
 // may be built where builds without a platform are, so that its build platform is
 // the same every time, or else anywhere; provided that nothing of it executes:
 // that is checked once the frontend has said what would. Guest tells of such a leg.
+// Where the operator allows emulation nothing has to be checked, and it is no guest.
 func (b *Build) demand(l split.Leg, key string) (d schedule.Demand, guest bool) {
+	usual := b.farm.DefaultPlatform(b.allowed()...)
 	if l.Unnamed() {
-		return schedule.Demand{Platform: b.farm.DefaultPlatform(), Key: key}, false
+		return b.wish(usual, key), false
 	}
-	if !b.foreign(l) {
-		return schedule.Demand{Platform: l.Platform, Key: key}, false
+	if d = b.wish(l.Platform, key); !b.foreign(l) || b.farm.Scheduler.Emulates(d) {
+		return d, false
 	}
-	if usual := b.farm.DefaultPlatform(); b.farm.Scheduler.Native(usual) {
-		return schedule.Demand{Platform: usual, Key: key + l.String()}, true
+	if b.native(usual) {
+		return b.wish(usual, key+l.String()), true
 	}
-	return schedule.Demand{Platform: l.Platform, Anywhere: true, Key: key}, true
+	d.Anywhere = true
+	return d, true
 }
 
 // frontendInputs are the definitions that the build's frontend was given.
@@ -219,12 +224,27 @@ func localSessions(opt map[string]string) []string {
 }
 
 // DefaultPlatform is what a build gets that names no platform: this machine's
-// own where the farm has it, else the best of the first worker.
-func (f *Farm) DefaultPlatform() ocispecs.Platform {
+// own where those pools (the farm, when none are named) have it, else the best of
+// their first worker.
+func (f *Farm) DefaultPlatform(pools ...string) ocispecs.Platform {
 	own := platforms.Normalize(ocispecs.Platform{OS: "linux", Architecture: runtime.GOARCH})
-	workers := f.Scheduler.Snapshot()
-	if f.Scheduler.Native(own) || len(workers) == 0 {
+	workers := f.workers(pools)
+	if f.Scheduler.Native(own, pools...) || len(workers) == 0 {
 		return own
 	}
 	return workers[0].Platforms[0]
+}
+
+// workers are those of the pools; all when none are named.
+func (f *Farm) workers(pools []string) []schedule.Worker {
+	return slices.DeleteFunc(f.Scheduler.Snapshot(), func(w schedule.Worker) bool { return !schedule.InPool(pools, w.Pool) })
+}
+
+// takes tells whether a worker that is ready runs what is demanded.
+func (f *Farm) takes(worker string, d schedule.Demand) bool {
+	if d.Anywhere {
+		return false
+	}
+	suits, _ := f.Scheduler.Suits(worker, d)
+	return suits && slices.ContainsFunc(f.Scheduler.Snapshot(), func(w schedule.Worker) bool { return w.Name == worker && w.State == schedule.Ready })
 }

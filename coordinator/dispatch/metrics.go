@@ -14,6 +14,8 @@ type Metrics struct {
 	running  prometheus.Gauge
 	attempts *prometheus.CounterVec
 	queue    *prometheus.HistogramVec
+	emulated *prometheus.CounterVec
+	killed   *prometheus.CounterVec
 }
 
 // NewMetrics registers the metrics of builds.
@@ -25,7 +27,9 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		attempts: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_leg_attempts_total", Help: "Attempts started, by platform and worker."}, []string{"platform", "worker"}),
 		queue:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "archfarm_leg_queue_seconds", Help: "Time that legs waited for a worker.", Buckets: prometheus.ExponentialBuckets(0.001, 4, 10)}, []string{"platform"}),
 	}
-	r.MustRegister(m.builds, m.duration, m.running, m.attempts, m.queue)
+	m.emulated = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_legs_emulated_total", Help: "Legs that ran where their platform, or that of some of their steps, is emulated."}, []string{"platform", "worker"})
+	m.killed = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_legs_killed_for_memory_total", Help: "Legs that failed while their worker's kernel killed processes for want of memory."}, []string{"worker"})
+	r.MustRegister(m.builds, m.duration, m.running, m.attempts, m.queue, m.emulated, m.killed)
 	return m
 }
 
@@ -48,3 +52,9 @@ func (m *Metrics) attempt(platform, worker string) {
 func (m *Metrics) waited(platform string, d time.Duration) {
 	m.queue.WithLabelValues(platform).Observe(d.Seconds())
 }
+
+func (m *Metrics) emulates(platform, worker string) {
+	m.emulated.WithLabelValues(platform, worker).Inc()
+}
+
+func (m *Metrics) ranOutOfMemory(worker string) { m.killed.WithLabelValues(worker).Inc() }

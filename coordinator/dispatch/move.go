@@ -111,7 +111,14 @@ func (b *Build) move(ctx context.Context, l *leg, to ocispecs.Platform) (*leg, e
 // runs the platform, which keeps its slot until its guests have ended; nil when
 // there is none.
 func (b *Build) hostFor(l *leg, p ocispecs.Platform) *leg {
-	would := func(s *leg) bool { return s != l && s.worker != nil && schedule.Runs(s.worker.Platforms, p) }
+	demand := b.wish(p, "")
+	would := func(s *leg) bool {
+		if s == l || s.worker == nil {
+			return false
+		}
+		suits, _ := b.farm.Scheduler.Suits(s.worker.Name, demand)
+		return suits
+	}
 	for _, s := range b.running() {
 		if would(s) && b.client.join(s) {
 			return s
@@ -158,19 +165,25 @@ func (b *Build) movesDone() {
 // startAs starts a leg in the slot of its host, or else where the platform is native.
 func (l *leg) startAs(ctx context.Context, host *leg, p ocispecs.Platform) error {
 	platform := split.Leg{Platform: p}.String()
+	l.demand = l.build.wish(p, l.build.warmthKey()+l.String())
 	if host == nil {
-		l.demand = schedule.Demand{Platform: p, Key: l.build.warmthKey() + l.String()}
 		ticket, err := l.build.farm.Scheduler.Enqueue([]schedule.Demand{l.demand})
 		if err != nil {
 			return err
 		}
 		l.ticket, l.seat, l.siblings = ticket, 0, []*leg{l}
 		l.build.client.expect(l)
+		l.build.show(l)
 		l.build.log.Info("leg moves", "platform", l.String(), "to", platform)
 		return l.start(ctx)
 	}
 	l.host, l.siblings = host, []*leg{l}
-	step := l.build.Progress.Step(progress.StepName(l.String(), fmt.Sprintf("moved to worker %s (its steps execute on %s)", host.worker.Name, platform)))
+	why := "its steps execute on " + platform
+	if _, l.emulated = l.build.farm.Scheduler.Suits(host.worker.Name, l.demand); l.emulated {
+		why += ", emulated: no native worker"
+		l.build.farm.Metrics.emulates(l.label(), host.worker.Name)
+	}
+	step := l.build.Progress.Step(progress.StepName(l.String(), fmt.Sprintf("moved to worker %s (%s)", host.worker.Name, why)))
 	step.Start()
 	l.alias()
 	conn, err := l.take(ctx, host.worker.Name)
@@ -179,6 +192,7 @@ func (l *leg) startAs(ctx context.Context, host *leg, p ocispecs.Platform) error
 		return l.failed(err, host.worker.Name)
 	}
 	l.build.log.Info("leg moves", "platform", l.String(), "to", platform, "worker", host.worker.Name)
+	l.build.show(l)
 	l.begin(conn)
 	return nil
 }

@@ -36,6 +36,7 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 		}
 		conn, err := l.take(ctx, assigned.Worker)
 		if err == nil {
+			l.emulated = assigned.Emulated
 			wait.assigned(assigned)
 			close(l.placed)
 			return conn, nil
@@ -91,16 +92,21 @@ func (l *leg) await(ctx context.Context, wait *placing) (schedule.Assignment, er
 	if l.host == nil {
 		return assigned, err
 	}
-	return schedule.Assignment{
-		Worker: l.host.worker.Name, Waited: time.Since(since),
-		Why: "shares the slot of another build of this client, which waits for the client",
-	}, nil
+	why := "shares the slot of another build of this client, which waits for the client"
+	_, emulated := l.build.farm.Scheduler.Suits(l.host.worker.Name, l.demand)
+	if emulated {
+		why = "emulated: no native worker; " + why
+	}
+	return schedule.Assignment{Worker: l.host.worker.Name, Waited: time.Since(since), Why: why, Emulated: emulated}, nil
 }
 
 // mayJoin tells whether the leg could run in another build's slot.
 func (l *leg) mayJoin(host *leg) bool {
-	return host.build != l.build && host.attempt.conn.Lost() == nil && (l.demand.Anywhere || schedule.Runs(host.worker.Platforms, l.demand.Platform)) &&
-		(l.demand.On == "" || l.demand.On == host.worker.Name)
+	if host.build == l.build || host.attempt.conn.Lost() != nil {
+		return false
+	}
+	suits, _ := l.build.farm.Scheduler.Suits(host.worker.Name, l.demand)
+	return suits
 }
 
 // refused gives the leg's slot back, and with it those of the siblings that were

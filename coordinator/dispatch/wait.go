@@ -31,12 +31,15 @@ func (p *placing) queued(at schedule.Position) {
 }
 
 // assigned tells which worker, and why that one. A build of one leg that did not
-// have to wait shows nothing that a buildkitd would not.
+// have to wait shows nothing that a buildkitd would not, unless it is emulated.
 func (p *placing) assigned(a schedule.Assignment) {
 	if p.queue != nil {
 		p.queue.Done(nil)
 	}
-	if p.queue != nil || p.leg.split {
+	if a.Emulated {
+		p.leg.build.farm.Metrics.emulates(p.leg.label(), a.Worker)
+	}
+	if p.queue != nil || p.leg.split || a.Emulated {
 		p.step(fmt.Sprintf("assigned to worker %s (%s)", a.Worker, a.Why)).Done(nil)
 	}
 	p.leg.build.log.Info("leg assigned", "platform", p.leg.String(), "worker", a.Worker, "why", a.Why, "waited", a.Waited)

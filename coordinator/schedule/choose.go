@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/containerd/platforms"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -23,8 +24,9 @@ const NoWorkers = "no workers"
 // false when no eligible worker is free.
 func Choose(workers []Worker, d Demand, warm string) (Assignment, bool) {
 	var eligible []int
+	emulated := !native(workers, d)
 	for i := range workers {
-		if workers[i].State == Ready && runs(&workers[i], d) {
+		if workers[i].State == Ready && runs(&workers[i], d, emulated) {
 			eligible = append(eligible, i)
 		}
 	}
@@ -32,19 +34,25 @@ func Choose(workers []Worker, d Demand, warm string) (Assignment, bool) {
 	if i < 0 {
 		return Assignment{}, false
 	}
-	return assign(workers[i], warm), true
+	return assign(workers[i], warm, emulated), true
 }
 
 // assign describes the choice of w.
-func assign(w Worker, warm string) Assignment {
-	if w.Name == warm {
-		return Assignment{Worker: w.Name, Warm: true, Why: "warm: last built this project"}
+func assign(w Worker, warm string, emulated bool) Assignment {
+	a := Assignment{Worker: w.Name, Warm: w.Name == warm, Emulated: emulated}
+	switch {
+	case emulated:
+		a.Why = whyEmulated
+	case a.Warm:
+		a.Why = "warm: last built this project"
+	default:
+		a.Why = "least loaded: " + strconv.Itoa(w.Used) + " of " + strconv.Itoa(w.Slots) + " slots used"
 	}
-	return Assignment{
-		Worker: w.Name,
-		Why:    "least loaded: " + strconv.Itoa(w.Used) + " of " + strconv.Itoa(w.Slots) + " slots used",
-	}
+	return a
 }
+
+// whyEmulated is why a leg runs where its platform is not native.
+const whyEmulated = "emulated: no native worker"
 
 // pick returns the best free one of the eligible workers, or -1.
 func pick(workers []Worker, eligible []int, key, warm string) int {
@@ -114,13 +122,28 @@ func same(a, b ocispecs.Platform) bool {
 	return a.Architecture == b.Architecture && a.OS == b.OS && a.Variant == b.Variant
 }
 
-// runs reports whether a worker, whatever its state, may run what is demanded.
-func runs(w *Worker, d Demand) bool {
-	if d.On != "" && d.On != w.Name {
+// InPool reports whether pool is one of those; if there are none any will do.
+func InPool(pools []string, pool string) bool {
+	return len(pools) == 0 || slices.Contains(pools, pool)
+}
+
+// native reports whether a worker in the demand's pools, whatever its state and
+// whichever the demand insists on, runs its platform natively. Where none does it may
+// be emulated.
+func native(workers []Worker, d Demand) bool {
+	return d.Anywhere || slices.ContainsFunc(workers, func(w Worker) bool { return InPool(d.Pools, w.Pool) && Runs(w.Platforms, d.Platform) })
+}
+
+// runs reports whether a worker, whatever its state, may run what is demanded:
+// natively, or else by emulation.
+func runs(w *Worker, d Demand, emulated bool) bool {
+	switch {
+	case d.On != "" && d.On != w.Name, !InPool(d.Pools, w.Pool):
 		return false
-	}
-	if d.Anywhere {
+	case d.Anywhere:
 		return true
+	case emulated:
+		return w.AllowEmulation && Runs(w.Emulated, d.Platform)
 	}
 	return Runs(w.Platforms, d.Platform)
 }
@@ -133,9 +156,9 @@ func Runs(native []ocispecs.Platform, p ocispecs.Platform) bool {
 }
 
 // served reports whether a worker that is not on its way out may run what is demanded.
-func served(workers []Worker, d Demand) bool {
+func served(workers []Worker, d Demand, emulated bool) bool {
 	for i := range workers {
-		if workers[i].State != Draining && runs(&workers[i], d) {
+		if workers[i].State != Draining && runs(&workers[i], d, emulated) {
 			return true
 		}
 	}
@@ -148,49 +171,69 @@ func Explain(workers []Worker, d Demand) string {
 	return explain(workers, d, nil)
 }
 
+// condition is what keeps a worker that runs what is demanded from taking it now.
+type condition int
+
+const (
+	full condition = iota
+	draining
+	unavailable
+	cordoned
+	slotless
+	barred
+	idling
+	conditions
+)
+
+// String is the condition as people read it after a number or "is".
+func (c condition) String() string {
+	return [conditions]string{"full", "draining", "unavailable", "cordoned", "without slots", "excluded after an earlier attempt", "free"}[c]
+}
+
+// conditionOf is the condition of a worker that runs what is demanded.
+func conditionOf(w *Worker, excluded []string) condition {
+	switch {
+	case slices.Contains(excluded, w.Name):
+		return barred
+	case w.State == Draining:
+		return draining
+	case w.State == Cordoned:
+		return cordoned
+	case w.State != Ready:
+		return unavailable
+	case w.Slots == 0:
+		return slotless
+	case w.free() == 0:
+		return full
+	}
+	return idling
+}
+
 // explain is Explain for a leg that must not run on the excluded workers.
 func explain(workers []Worker, d Demand, excluded []string) string {
-	const (
-		full = iota
-		draining
-		unavailable
-		slotless
-		barred
-		idle
-		kinds
-	)
-	names := [kinds]string{"full", "draining", "unavailable", "without slots", "excluded after an earlier attempt", "free"}
-	var counts [kinds]int
-	var reasons []string
+	var counts [conditions]int
+	var reasons [conditions][]string
+	emulated := !native(workers, d)
 	for i := range workers {
 		w := &workers[i]
-		switch {
-		case !runs(w, d):
-		case slices.Contains(excluded, w.Name):
-			counts[barred]++
-		case w.State == Draining:
-			counts[draining]++
-		case w.State != Ready:
-			counts[unavailable]++
-			reasons = append(reasons, w.Reason)
-		case w.Slots == 0:
-			counts[slotless]++
-		case w.free() == 0:
-			counts[full]++
-		default:
-			counts[idle]++
+		if runs(w, d, emulated) {
+			c := conditionOf(w, excluded)
+			counts[c]++
+			reasons[c] = append(reasons[c], w.Reason)
 		}
 	}
-	if r := commonReason(reasons); r != "" {
-		names[unavailable] += " (" + r + ")"
-	}
-	order := []int{full, draining, unavailable, slotless, barred, idle}
-	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(counts[b], counts[a]) })
+	order := []condition{full, draining, unavailable, cordoned, slotless, barred, idling}
+	slices.SortStableFunc(order, func(a, b condition) int { return cmp.Compare(counts[b], counts[a]) })
 	var parts []string
-	for _, k := range order {
-		if counts[k] > 0 {
-			parts = append(parts, strconv.Itoa(counts[k])+" "+names[k])
+	for _, c := range order {
+		if counts[c] == 0 {
+			continue
 		}
+		part := strconv.Itoa(counts[c]) + " " + c.String()
+		if r := commonReason(reasons[c]); r != "" && (c == unavailable || c == cordoned) {
+			part += " (" + r + ")"
+		}
+		parts = append(parts, part)
 	}
 	return strings.Join(parts, ", ")
 }
@@ -213,6 +256,31 @@ func commonReason(reasons []string) string {
 		line = append(line[:longest-1], '…')
 	}
 	return string(line)
+}
+
+// noWorker is the error for a demand that nobody can serve.
+func noWorker(workers []Worker, d Demand, excluded []string) *build.NoWorkerError {
+	var own, others []Worker
+	emulators := 0
+	for _, w := range workers {
+		switch {
+		case InPool(d.Pools, w.Pool):
+			own = append(own, w)
+			if !w.AllowEmulation && Runs(w.Emulated, d.Platform) {
+				emulators++
+			}
+		case InPool(d.Known, w.Pool):
+			others = append(others, w)
+		}
+	}
+	err := &build.NoWorkerError{
+		Platform: platforms.Format(d.Platform), Pools: d.Pools, Fleet: Fleet(own), Emulators: emulators,
+		Detail: explain(workers, d, excluded),
+	}
+	if len(others) > 0 {
+		err.Others = Fleet(others)
+	}
+	return err
 }
 
 // Fleet lists what a fleet runs, for people: "linux/amd64 (3), linux/arm64 (5)". A
@@ -268,3 +336,7 @@ func Primary(w Worker) string {
 	}
 	return platforms.FormatAll(w.Platforms[0])
 }
+
+// Base are the platforms that say what a worker is, formatted: its native ones without
+// those that they imply.
+func Base(w Worker) []string { return basePlatforms(w.Platforms) }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/containerd/platforms"
 )
 
@@ -15,7 +16,8 @@ type classKey struct {
 	os, arch, variant string // all empty when anywhere
 	anywhere          bool
 	on                string
-	excluded          string // sorted names, each followed by a NUL
+	pools             string // sorted names, each followed by a NUL
+	excluded          string // likewise
 }
 
 // class is the waiting legs that are eligible for the same workers. Only its first leg
@@ -23,8 +25,9 @@ type classKey struct {
 // exists while legs wait in it.
 type class struct {
 	key      classKey
-	demand   Demand // any leg's: platform and anywhere count
+	demand   Demand // any leg's: what is in the key counts
 	excluded []string
+	emulated bool   // no worker is native to it, so that those count that emulate it
 	queue    []*leg // in the order of the queue, never empty between events
 
 	eligible []int     // positions in the view, ascending, of ready workers
@@ -62,6 +65,7 @@ type leg struct {
 	since      time.Time // when it was queued
 	class      *class    // while queued
 	assignment Assignment
+	began      time.Time     // while granted: since when
 	host       *leg          // while granted: the sibling whose slot it shares; nil: its own
 	moved      chan struct{} // closed when the state or the class changes; nil: nobody waits
 }
@@ -77,10 +81,16 @@ func (l *leg) classKey() classKey {
 	if !k.anywhere {
 		k.os, k.arch, k.variant = l.demand.Platform.OS, l.demand.Platform.Architecture, l.demand.Platform.Variant
 	}
-	if len(l.excluded) > 0 {
-		k.excluded = strings.Join(l.excluded, "\x00") + "\x00"
-	}
+	k.pools, k.excluded = joined(l.demand.Pools), joined(l.excluded)
 	return k
+}
+
+// joined makes names comparable.
+func joined(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	return strings.Join(names, "\x00") + "\x00"
 }
 
 // enter puts a leg into the queue, at the place of its build.
@@ -126,9 +136,10 @@ func (s *Scheduler) leave(l *leg) {
 func (s *Scheduler) qualify(c *class) {
 	c.eligible = c.eligible[:0]
 	present := false
+	c.emulated = !native(s.view, c.demand)
 	for i := range s.view {
 		w := &s.view[i]
-		if !runs(w, c.demand) || slices.Contains(c.excluded, w.Name) {
+		if !runs(w, c.demand, c.emulated) || slices.Contains(c.excluded, w.Name) {
 			continue
 		}
 		present = true
@@ -173,17 +184,18 @@ func (s *Scheduler) grant(l *leg) bool {
 	warm := s.warm.worker(l.demand)
 	i := pick(s.view, l.class.eligible, l.demand.Key, warm)
 	if i >= 0 {
-		s.settle(l, assign(s.view[i], warm), nil)
+		s.settle(l, assign(s.view[i], warm, l.class.emulated), nil)
 		s.hold(l.assignment.Worker, 1)
 		return true
 	}
 	if host := s.host(l); host != nil {
+		why := fmt.Sprintf("shares the slot of leg %d of this build: no other is free", host.index)
+		if l.class.emulated {
+			why = whyEmulated + "; " + why
+		}
 		s.settle(l, Assignment{
-			Worker: host.assignment.Worker,
-			Warm:   host.assignment.Worker == warm,
-			Why:    fmt.Sprintf("shares the slot of leg %d of this build: no other is free", host.index),
-			Shared: true,
-			With:   host.index,
+			Worker: host.assignment.Worker, Warm: host.assignment.Worker == warm, Why: why,
+			Emulated: l.class.emulated, Shared: true, With: host.index,
 		}, host)
 		return true
 	}
@@ -195,7 +207,10 @@ func (s *Scheduler) settle(l *leg, a Assignment, host *leg) {
 	a.Waited = max(s.clock().Sub(l.since), 0)
 	s.warm.record(l.demand, a.Worker)
 	s.leave(l)
-	l.state, l.assignment, l.host = granted, a, host
+	l.state, l.assignment, l.host, l.began = granted, a, host, s.clock()
+	if host == nil {
+		s.holders[a.Worker] = append(s.holders[a.Worker], l)
+	}
 }
 
 // host returns a sibling with a slot that the leg may share, or nil.
@@ -240,10 +255,27 @@ func (s *Scheduler) yield(l *leg) bool {
 			heir = sibling
 		}
 	}
+	s.succeed(l, heir)
 	if heir == nil {
 		s.hold(l.assignment.Worker, -1)
 	}
 	return true
+}
+
+// succeed makes the heir, if there is one, hold the leg's slot.
+func (s *Scheduler) succeed(l, heir *leg) {
+	name := l.assignment.Worker
+	holders := s.holders[name]
+	at := slices.Index(holders, l)
+	if heir != nil {
+		holders[at] = heir
+		return
+	}
+	if holders = slices.Delete(holders, at, at+1); len(holders) == 0 {
+		delete(s.holders, name)
+		return
+	}
+	s.holders[name] = holders
 }
 
 // position tells where a queued leg stands.
@@ -295,6 +327,12 @@ func (s *Scheduler) reasonOf(c *class) string {
 	if !c.demand.Anywhere {
 		subject = platforms.Format(c.demand.Platform)
 	}
+	if c.emulated && len(c.eligible) > 0 {
+		subject += ", emulated"
+	}
+	if len(c.demand.Pools) > 0 {
+		subject += " in " + build.Pools(c.demand.Pools)
+	}
 	why := explain(s.view, c.demand, c.excluded)
 	if why == "" {
 		why = "no worker attached"
@@ -303,18 +341,29 @@ func (s *Scheduler) reasonOf(c *class) string {
 	return c.reason
 }
 
-// Waiting returns how many legs wait, by their platform; "any" for those that any
-// worker may take.
-func (s *Scheduler) Waiting() map[string]int {
+// Place is what a waiting leg is counted by: its platform, formatted, and its pools,
+// joined by commas. Both are "any" where the leg does not mind.
+type Place struct{ Platform, Pool string }
+
+// Waiting returns how many legs wait, and for what.
+func (s *Scheduler) Waiting() map[Place]int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := map[string]int{}
+	out := map[Place]int{}
 	for _, c := range s.classes {
-		name := "any"
-		if !c.key.anywhere {
-			name = platforms.FormatAll(c.demand.Platform)
+		at := Place{Platform: c.demand.name(), Pool: "any"}
+		if len(c.demand.Pools) > 0 {
+			at.Pool = strings.Join(c.demand.Pools, ",")
 		}
-		out[name] += len(c.queue)
+		out[at] += len(c.queue)
 	}
 	return out
+}
+
+// name is the platform that is demanded, formatted; "any" where any worker will do.
+func (d Demand) name() string {
+	if d.Anywhere {
+		return "any"
+	}
+	return platforms.FormatAll(d.Platform)
 }

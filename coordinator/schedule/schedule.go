@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/coordinator/build"
-	"github.com/containerd/platforms"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -47,6 +46,8 @@ const (
 	Draining
 	// Unavailable workers are attached but unhealthy, and take nothing for now.
 	Unavailable
+	// Cordoned workers take nothing new until they are uncordoned.
+	Cordoned
 )
 
 // String is the state's name as users see it.
@@ -58,6 +59,8 @@ func (s State) String() string {
 		return "draining"
 	case Unavailable:
 		return "unavailable"
+	case Cordoned:
+		return "cordoned"
 	default:
 		return "unknown"
 	}
@@ -71,6 +74,13 @@ type Worker struct {
 	// Platforms that the worker runs natively, normalised, best first, every variant
 	// listed: linux/arm64 does not imply linux/arm/v7. Not modified after Update.
 	Platforms []ocispecs.Platform
+	// Pool that the worker belongs to.
+	Pool string
+	// Emulated are platforms, normalised, that the worker can only emulate. They count
+	// where AllowEmulation says so, and only for what no worker runs natively. Not
+	// modified after Update.
+	Emulated       []ocispecs.Platform
+	AllowEmulation bool
 	// Slots is how many attempts the worker takes at a time.
 	Slots int
 	// Used is how many slots were taken when the agent last reported: by this
@@ -95,8 +105,15 @@ type Demand struct {
 	Anywhere bool
 	// On is the only worker that will do, by its name; empty for no such wish.
 	On string
+	// Pools that the leg may run in, sorted; empty: any.
+	Pools []string
+	// Known are the pools that whoever asks may be told about, sorted; empty: all.
+	// They decide nothing.
+	Known []string
 	// Key identifies the project, for warmth; empty for none.
 	Key string
+	// Build and Tenant name who asks, for those who look at the queue.
+	Build, Tenant string
 }
 
 // Position is where a waiting leg stands.
@@ -118,6 +135,8 @@ type Assignment struct {
 	// Why is one line: "warm: last built this project" or
 	// "least loaded: 1 of 4 slots used".
 	Why string
+	// Emulated says that no worker runs the platform natively, and this one emulates it.
+	Emulated bool
 	// Shared says that there is no slot for this leg alone: it runs in the one that leg
 	// With of the same build holds on this worker, which has to be kept until both have
 	// ended. Only where Scheduler.Share is set.
@@ -143,10 +162,11 @@ type Scheduler struct {
 	started time.Time
 
 	mu      sync.Mutex
-	fleet   []Worker       // as last reported, sorted by name
-	view    []Worker       // fleet, with Used as the scheduler reckons; same order
-	index   map[string]int // name → position in fleet and view
-	granted map[string]int // name → slots that tickets hold, also of lost workers
+	fleet   []Worker          // as last reported, sorted by name
+	view    []Worker          // fleet, with Used as the scheduler reckons; same order
+	index   map[string]int    // name → position in fleet and view
+	granted map[string]int    // name → slots that tickets hold, also of lost workers
+	holders map[string][]*leg // name → the legs that hold those slots in their own name
 	refused map[string]time.Time
 	warm    *warmth
 
@@ -171,6 +191,7 @@ func New(clock func() time.Time) *Scheduler {
 		started: clock(),
 		index:   map[string]int{},
 		granted: map[string]int{},
+		holders: map[string][]*leg{},
 		refused: map[string]time.Time{},
 		warm:    newWarmth(warmKeys),
 		classes: map[classKey]*class{},
@@ -243,6 +264,7 @@ func (s *Scheduler) replace(next []Worker) {
 		i, attached := s.index[name]
 		if !attached || next[i].Reported.IsZero() || !next[i].Reported.Equal(at) {
 			delete(s.refused, name)
+			s.stale = true // even where its load is the same: slots there may be shared again
 		}
 	}
 	for i := range next {
@@ -259,13 +281,16 @@ func (s *Scheduler) replace(next []Worker) {
 
 // sameShape reports whether a worker is eligible for the same legs as before.
 func sameShape(a, b Worker) bool {
-	if a.Name != b.Name || a.State != b.State {
-		return false
-	}
-	if len(a.Platforms) == len(b.Platforms) && (len(a.Platforms) == 0 || &a.Platforms[0] == &b.Platforms[0]) {
+	return a.Name == b.Name && a.State == b.State && a.Pool == b.Pool && a.AllowEmulation == b.AllowEmulation &&
+		equal(a.Platforms, b.Platforms) && equal(a.Emulated, b.Emulated)
+}
+
+// equal reports whether two lists hold the same platforms: quickly where they are one.
+func equal(a, b []ocispecs.Platform) bool {
+	if len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0]) {
 		return true
 	}
-	return slices.EqualFunc(a.Platforms, b.Platforms, same)
+	return slices.EqualFunc(a, b, same)
 }
 
 // reckon refreshes the view of one worker.
@@ -300,11 +325,34 @@ func (s *Scheduler) Snapshot() []Worker {
 	return slices.Clone(s.view)
 }
 
-// Native reports whether an attached worker that is not draining runs p natively.
-func (s *Scheduler) Native(p ocispecs.Platform) bool {
+// Native reports whether an attached worker that is not draining, of those pools if
+// any are named, runs p natively.
+func (s *Scheduler) Native(p ocispecs.Platform, pools ...string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return served(s.view, Demand{Platform: p})
+	return served(s.view, Demand{Platform: p, Pools: pools}, false)
+}
+
+// Emulates reports whether what is demanded would be emulated: no attached worker of
+// its pools is native to it, and one that is not draining emulates it and is allowed to.
+func (s *Scheduler) Emulates(d Demand) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !native(s.view, d) && served(s.view, d, true)
+}
+
+// Suits reports whether an attached worker, whatever its state, may run what is
+// demanded, and whether it would have to emulate it.
+func (s *Scheduler) Suits(worker string, d Demand) (suits, emulated bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i, attached := s.index[worker]
+	if !attached {
+		return false, false
+	}
+	emulated = !native(s.view, d)
+	suits = runs(&s.view[i], d, emulated)
+	return suits, suits && emulated
 }
 
 // Enqueue puts all legs of a build into the queue at once, and returns their ticket,
@@ -321,7 +369,7 @@ func (s *Scheduler) Enqueue(demands []Demand) (*Ticket, error) {
 		now := s.clock()
 		if !s.starting(now) {
 			for _, d := range demands {
-				if !served(s.view, d) {
+				if !served(s.view, d, !native(s.view, d)) {
 					err = s.noWorker(d, nil)
 					return
 				}
@@ -344,11 +392,17 @@ func (s *Scheduler) starting(now time.Time) bool {
 	return now.Sub(s.started) < s.Grace
 }
 
+// NoWorker is the error for a demand that nobody can serve; step names what needs it,
+// empty: the whole leg.
+func (s *Scheduler) NoWorker(d Demand, step string) *build.NoWorkerError {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.noWorker(d, nil)
+	err.Step = step
+	return err
+}
+
 // noWorker is the error for a demand that nobody can serve.
-func (s *Scheduler) noWorker(d Demand, excluded []string) error {
-	return &build.NoWorkerError{
-		Platform: platforms.Format(d.Platform),
-		Fleet:    Fleet(s.view),
-		Detail:   explain(s.view, d, excluded),
-	}
+func (s *Scheduler) noWorker(d Demand, excluded []string) *build.NoWorkerError {
+	return noWorker(s.view, d, excluded)
 }

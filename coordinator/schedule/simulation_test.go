@@ -52,6 +52,9 @@ func newFarm(t *rapid.T) *farm {
 		kind := rapid.SampledFrom(kinds).Draw(t, "kind")
 		slots := rapid.IntRange(1, 3).Draw(t, "slots")
 		m := &machine{worker: worker(fmt.Sprintf("w%d", i), slots, 0, kind...), attached: rapid.Bool().Draw(t, "attached")}
+		m.worker.Pool = rapid.SampledFrom([]string{"cloud", "office"}).Draw(t, "pool")
+		m.worker.AllowEmulation = rapid.Bool().Draw(t, "allow emulation")
+		m.emulate(t)
 		f.machines[m.worker.Name] = m
 	}
 	f.heartbeat(0)
@@ -59,6 +62,16 @@ func newFarm(t *rapid.T) *farm {
 		f.now = f.now.Add(time.Hour)
 	}
 	return f
+}
+
+// emulate draws what the machine can emulate.
+func (m *machine) emulate(t *rapid.T) {
+	m.worker.Emulated = nil
+	for _, name := range []string{"linux/arm64", "linux/riscv64"} {
+		if rapid.Bool().Draw(t, "emulates "+name) {
+			m.worker.Emulated = append(m.worker.Emulated, platform(name))
+		}
+	}
 }
 
 // holding is the number of slots that legs hold on a worker.
@@ -135,10 +148,11 @@ func (f *farm) enqueue(t *rapid.T) {
 			Platform: platform(rapid.SampledFrom(names).Draw(t, "platform")),
 			Anywhere: rapid.IntRange(0, 5).Draw(t, "anywhere") == 0,
 			Key:      rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "key"),
+			Pools:    rapid.SampledFrom([][]string{nil, nil, {"cloud"}, {"office"}, {"cloud", "office"}, {"nowhere", "office"}}).Draw(t, "pools"),
 		}
 		found := false
 		for _, m := range f.machines {
-			found = found || m.attached && m.worker.State != Draining && m.may(demands[i])
+			found = found || m.attached && m.worker.State != Draining && f.may(m, demands[i])
 		}
 		servable = servable && found
 	}
@@ -155,9 +169,24 @@ func (f *farm) enqueue(t *rapid.T) {
 	}
 }
 
-// may reports whether the machine is able to run what is demanded.
-func (m *machine) may(d Demand) bool {
-	return d.Anywhere || slices.ContainsFunc(m.worker.Platforms, platforms.OnlyStrict(d.Platform).Match)
+// may reports whether the machine may run what is demanded as things are: emulated
+// where its pool allows that and none of the attached machines needs to.
+func (f *farm) may(m *machine, d Demand) bool {
+	if !m.in(d) || d.Anywhere || m.native(d) {
+		return m.in(d)
+	}
+	for _, other := range f.machines {
+		if other.attached && other.in(d) && other.native(d) {
+			return false
+		}
+	}
+	return m.worker.AllowEmulation && slices.ContainsFunc(m.worker.Emulated, platforms.OnlyStrict(d.Platform).Match)
+}
+
+func (m *machine) in(d Demand) bool { return d.Pools == nil || slices.Contains(d.Pools, m.worker.Pool) }
+
+func (m *machine) native(d Demand) bool {
+	return slices.ContainsFunc(m.worker.Platforms, platforms.OnlyStrict(d.Platform).Match)
 }
 
 // leg draws one of the legs in a state.
@@ -212,9 +241,16 @@ func (f *farm) actions() map[string]func(*rapid.T) {
 		},
 		"a worker changes state": func(t *rapid.T) {
 			m := f.machine(t)
-			m.worker.State = rapid.SampledFrom([]State{Ready, Draining, Unavailable}).Draw(t, "state")
+			m.worker.State = rapid.SampledFrom([]State{Ready, Draining, Unavailable, Cordoned}).Draw(t, "state")
 			f.heartbeat(0)
 		},
+		"an emulator comes or goes": func(t *rapid.T) {
+			m := f.machine(t)
+			m.emulate(t)
+			m.worker.AllowEmulation = rapid.Bool().Draw(t, "allowed")
+			f.heartbeat(0)
+		},
+		"an operator looks": func(t *rapid.T) { f.look(t) },
 		"a worker attaches or is lost": func(t *rapid.T) {
 			m := f.machine(t)
 			m.attached = !m.attached
@@ -266,13 +302,13 @@ func (f *farm) check(t *rapid.T) {
 		t.Fatalf("%d legs in queues, %d wait", n, len(waiting))
 	}
 	for name, m := range f.machines {
-		if f.s.granted[name] != f.holding(name) {
+		if n := f.holding(name); f.s.granted[name] != n || len(f.s.holders[name]) != n {
 			t.Fatalf("%s: %d slots granted, %d held", name, f.s.granted[name], f.holding(name))
 		}
 		i, attached := f.s.index[name]
 		if attached && f.s.view[i].free() > 0 && m.worker.State == Ready {
 			for _, l := range waiting {
-				if m.may(l.demand) {
+				if f.may(m, l.demand) {
 					t.Fatalf("leg %d/%d waits although %s has a free slot", l.build, l.index, name)
 				}
 			}
@@ -283,7 +319,7 @@ func (f *farm) check(t *rapid.T) {
 // checkGrant checks a slot that the last event has granted.
 func (f *farm) checkGrant(t *rapid.T, l *leg, waiting []*leg) {
 	m := f.machines[l.assignment.Worker]
-	if !m.attached || m.worker.State != Ready || !m.may(l.demand) {
+	if !m.attached || m.worker.State != Ready || !f.may(m, l.demand) || l.assignment.Emulated == (l.demand.Anywhere || m.native(l.demand)) {
 		t.Fatalf("leg %d/%d, %s, was granted %+v", l.build, l.index, platforms.Format(l.demand.Platform), m)
 	}
 	if l.host != nil {
@@ -296,8 +332,30 @@ func (f *farm) checkGrant(t *rapid.T, l *leg, waiting []*leg) {
 		t.Fatalf("%d slots of %s's %d were granted", n, m.worker.Name, m.worker.Slots)
 	}
 	for _, e := range waiting {
-		if before(e, l) < 0 && m.may(e.demand) {
+		if before(e, l) < 0 && f.may(m, e.demand) {
 			t.Fatalf("leg %d/%d overtook %d/%d on %s", l.build, l.index, e.build, e.index, m.worker.Name)
+		}
+	}
+}
+
+// look checks what an operator is told.
+func (f *farm) look(t *rapid.T) {
+	q := f.s.Queue()
+	if len(q) != f.waiting() {
+		t.Fatalf("%d legs are listed, %d wait", len(q), f.waiting())
+	}
+	for _, b := range f.builds {
+		for i, l := range b.ticket.legs {
+			e := b.ticket.Explain(i)
+			if len(e.Workers) != len(f.s.view) || e.Summary == "" || (e.Worker != "") != (l.state == granted) {
+				t.Fatalf("leg %d/%d, state %d: %+v", l.build, l.index, l.state, e)
+			}
+			for _, v := range e.Workers {
+				m := f.machines[v.Worker]
+				if want := m.worker.State == Ready && f.may(m, l.demand); v.Eligible != want || v.Reason == "" {
+					t.Fatalf("leg %d/%d: %+v, eligible is %v", l.build, l.index, v, want)
+				}
+			}
 		}
 	}
 }
@@ -307,10 +365,11 @@ func (f *farm) settle(t *rapid.T) {
 	for _, m := range f.machines {
 		m.attached, m.foreign, m.worker.State = true, 0, Ready
 	}
+	f.heartbeat(0)
 	able := func(b *simBuild) bool {
 		return !slices.ContainsFunc(b.ticket.legs, func(l *leg) bool {
 			for _, m := range f.machines {
-				if m.may(l.demand) {
+				if f.may(m, l.demand) {
 					return false
 				}
 			}
@@ -329,7 +388,7 @@ func (f *farm) settle(t *rapid.T) {
 			t.Fatalf("%d builds wait for each other: %s", len(f.builds), f)
 		}
 	}
-	if len(f.s.classes) != 0 || len(f.s.granted) != 0 {
+	if len(f.s.classes) != 0 || len(f.s.granted) != 0 || len(f.s.holders) != 0 {
 		t.Fatalf("left behind: %d queues, grants %v", len(f.s.classes), f.s.granted)
 	}
 }

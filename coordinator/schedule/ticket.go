@@ -113,7 +113,7 @@ func (t *Ticket) Exclude(i int, worker string) {
 // Release ends the attempt of leg i and gives its slot back, if it holds one. A leg
 // that is waiting goes on waiting. It may be called any number of times.
 func (t *Ticket) Release(i int) {
-	t.scheduler.event(func() { t.scheduler.yield(t.legs[i]) })
+	t.scheduler.event(func() { t.scheduler.release(t.legs[i]) })
 }
 
 // Close takes all legs out of the queue, gives their slots back and ends their waiting
@@ -122,6 +122,7 @@ func (t *Ticket) Close() {
 	s := t.scheduler
 	s.event(func() {
 		for _, l := range t.legs {
+			s.release(l)
 			s.withdraw(l)
 			l.state = closed
 			s.signal(&l.moved)
@@ -132,6 +133,14 @@ func (t *Ticket) Close() {
 // withdraw leaves the leg idle, unless its ticket is closed.
 func (t *Ticket) withdraw(l *leg) {
 	t.scheduler.event(func() { t.scheduler.withdraw(l) })
+}
+
+// release ends the leg's attempt, if it has one, and learns how long it took.
+func (s *Scheduler) release(l *leg) {
+	if l.state == granted {
+		s.warm.took(l.demand, max(s.clock().Sub(l.began), 0))
+	}
+	s.yield(l)
 }
 
 // withdraw takes the leg out of the queue or its slot back, whichever it has.

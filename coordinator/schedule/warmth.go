@@ -1,42 +1,60 @@
 package schedule
 
-import "container/list"
+import (
+	"container/list"
+	"strings"
+	"time"
+)
 
 // warmKeys bounds how many projects' last workers are remembered: about 2 MB.
 const warmKeys = 10_000
 
-// warmKey is a project on one platform.
+// warmKey is a project on one platform, in some pools.
 type warmKey struct {
 	project           string
 	os, arch, variant string
+	pools             string
 }
 
 func warmKeyOf(d Demand) warmKey {
 	p := d.Platform
-	return warmKey{project: d.Key, os: p.OS, arch: p.Architecture, variant: p.Variant}
+	return warmKey{project: d.Key, os: p.OS, arch: p.Architecture, variant: p.Variant, pools: strings.Join(d.Pools, ",")}
 }
 
-// warmth remembers which worker last built what; the projects built least recently are
-// forgotten. It is not safe for concurrent use.
+// latest is the weight of the latest attempt in the mean of how long attempts take:
+// the mean follows a project that grows within some five builds, and one cancelled
+// build does not spoil it.
+const latest = 0.3
+
+// warmth remembers which worker last built what, and how long that takes; the projects
+// built least recently are forgotten. It is not safe for concurrent use.
 type warmth struct {
 	limit   int
-	recent  *list.List // of warmEntry, the latest first
+	recent  *list.List // of *warmEntry, the latest first
 	entries map[warmKey]*list.Element
 }
 
 type warmEntry struct {
 	key    warmKey
 	worker string
+	mean   time.Duration // that attempts held their slots for; 0: none has ended yet
 }
 
 func newWarmth(limit int) *warmth {
 	return &warmth{limit: limit, recent: list.New(), entries: map[warmKey]*list.Element{}}
 }
 
+func (m *warmth) entry(d Demand) *warmEntry {
+	if e, ok := m.entries[warmKeyOf(d)]; ok {
+		return e.Value.(*warmEntry)
+	}
+	return nil
+}
+
 // worker returns the one that last built this, or "".
 func (m *warmth) worker(d Demand) string {
-	if e, ok := m.entries[warmKeyOf(d)]; ok {
-		return e.Value.(warmEntry).worker
+	if e := m.entry(d); e != nil {
+		return e.worker
 	}
 	return ""
 }
@@ -48,13 +66,33 @@ func (m *warmth) record(d Demand, worker string) {
 	}
 	k := warmKeyOf(d)
 	if e, ok := m.entries[k]; ok {
-		e.Value = warmEntry{k, worker}
+		e.Value.(*warmEntry).worker = worker
 		m.recent.MoveToFront(e)
 		return
 	}
-	m.entries[k] = m.recent.PushFront(warmEntry{k, worker})
+	m.entries[k] = m.recent.PushFront(&warmEntry{key: k, worker: worker})
 	if m.recent.Len() > m.limit {
-		oldest := m.recent.Remove(m.recent.Back()).(warmEntry)
+		oldest := m.recent.Remove(m.recent.Back()).(*warmEntry)
 		delete(m.entries, oldest.key)
 	}
+}
+
+// took notes for how long an attempt held its slot.
+func (m *warmth) took(d Demand, t time.Duration) {
+	e := m.entry(d)
+	switch {
+	case e == nil:
+	case e.mean == 0:
+		e.mean = t
+	default:
+		e.mean += time.Duration(latest * float64(t-e.mean))
+	}
+}
+
+// takes is for how long an attempt may be expected to hold its slot; 0: not known.
+func (m *warmth) takes(d Demand) time.Duration {
+	if e := m.entry(d); e != nil {
+		return e.mean
+	}
+	return 0
 }

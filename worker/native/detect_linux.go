@@ -1,57 +1,42 @@
 package native
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"os"
-	"runtime"
 
-	"golang.org/x/sys/unix"
+	"github.com/archfarm/archfarm/worker/native/program"
 )
 
-const (
-	perLinux32     = 0x0008     // PER_LINUX32 of linux/personality.h
-	askPersonality = 0xffffffff // personality(2): returns the present one, changes nothing
-)
-
-func (m *Machine) detail() error {
-	switch m.Arch {
-	case "x86_64":
+func (m *Machine) detail(ctx context.Context) error {
+	base := bases[m.Arch].Architecture
+	// Under an emulator uname says what the emulator pretends to be. Where nothing
+	// may be executed, or there is no program, uname's word has to do.
+	if _, err := program.Run(ctx, base); err != nil && !errors.Is(err, program.ErrCannotRun) {
+		return fmt.Errorf("this process says that it is on %s, but: %w", base, err)
+	}
+	switch base {
+	case "amd64":
+		m.IA32 = runs(ctx, "386")
 		f, err := os.Open("/proc/cpuinfo")
 		if err != nil {
 			return err
 		}
 		defer f.Close()
-		m.CPUFlags, err = commonFlags(f)
+		m.CPUFlags, err = CommonFlags(f)
 		return err
-	case "aarch64":
-		m.AArch32 = runsAArch32()
+	case "arm64":
+		m.AArch32 = runs(ctx, "arm")
 	}
 	return nil
 }
 
-// runsAArch32 asks an arm64 kernel whether a 32-bit program could run: it grants
-// PER_LINUX32 only if it has CONFIG_COMPAT and the CPU has AArch32 at EL0
-// (arch/arm64/kernel/sys.c). Executing a program would also answer yes when
-// an emulator is registered with binfmt_misc.
-//
-// The personality belongs to the thread, so one thread is locked for it. If it
-// could not be restored, the goroutine ends with the thread still locked,
-// which makes the runtime end the thread.
-func runsAArch32() bool {
-	answer := make(chan bool)
-	go func() {
-		runtime.LockOSThread()
-		before, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, askPersonality, 0, 0)
-		if errno != 0 {
-			runtime.UnlockOSThread()
-			answer <- false
-			return
-		}
-		_, _, errno = unix.RawSyscall(unix.SYS_PERSONALITY, perLinux32, 0, 0)
-		granted := errno == 0
-		if _, _, errno = unix.RawSyscall(unix.SYS_PERSONALITY, before, 0, 0); errno == 0 {
-			runtime.UnlockOSThread()
-		}
-		answer <- granted
-	}()
-	return <-answer
+// runs tells whether the CPU was seen to execute programs of an architecture.
+// To ask is not enough: a kernel may be built without its 32-bit half (as the
+// arm64 kernels with 64 KiB pages are), or told to leave it alone
+// (ia32_emulation=0), on a CPU that has it.
+func runs(ctx context.Context, arch string) bool {
+	_, err := program.Run(ctx, arch)
+	return err == nil
 }

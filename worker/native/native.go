@@ -1,7 +1,7 @@
 // Package native tells which platforms a machine runs natively.
 //
 // The answer comes from the machine: its architecture, its CPU's level, and
-// whether its kernel runs 32-bit ARM programs. It never comes from BuildKit's
+// whether its kernel was seen to run 32-bit programs. It never comes from BuildKit's
 // own list, which names whatever a tiny test program survives, and so also what
 // a binfmt_misc handler emulates (github.com/moby/buildkit, util/archutil).
 package native
@@ -22,6 +22,9 @@ type Machine struct {
 	// CPUFlags are the features of the CPU as /proc/cpuinfo of an x86 machine
 	// lists them; nil elsewhere. A feature counts only if every core has it.
 	CPUFlags []string
+	// IA32 tells that a 64-bit x86 machine also runs 32-bit programs: its kernel
+	// may be built or told not to.
+	IA32 bool
 	// AArch32 tells that a 64-bit ARM machine also runs 32-bit programs. Apple
 	// Silicon, Ampere Altra and Neoverse V1 and later do not.
 	AArch32 bool
@@ -81,9 +84,10 @@ func From(m Machine) []ocispecs.Platform {
 		for _, level := range levels(m.CPUFlags) {
 			found = append(found, linux("amd64", level))
 		}
-		// Distributions build their kernels with IA32 emulation, which despite its
-		// name is the CPU's own 32-bit mode.
-		found = append(found, linux("386", ""))
+		// Linux calls it IA32 emulation, but it is the CPU's own 32-bit mode.
+		if m.IA32 {
+			found = append(found, linux("386", ""))
+		}
 	case base.Architecture == "arm64" && m.AArch32:
 		found = append(found, linux("arm", "v7"), linux("arm", "v6"))
 	case base.Architecture == "arm" && base.Variant == "v7":

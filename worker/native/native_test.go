@@ -24,18 +24,19 @@ func TestFrom(t *testing.T) {
 		m    Machine
 		want string
 	}{
-		"core 2":            {Machine{OS: "linux", Arch: "x86_64", CPUFlags: strings.Fields("fpu sse2 pni")}, "linux/amd64 linux/386"},
-		"nehalem":           {Machine{OS: "linux", Arch: "x86_64", CPUFlags: strings.Fields(nehalem)}, "linux/amd64 linux/amd64/v2 linux/386"},
-		"haswell":           {Machine{OS: "linux", Arch: "x86_64", CPUFlags: strings.Fields(haswell)}, "linux/amd64 linux/amd64/v2 linux/amd64/v3 linux/386"},
-		"skylake":           {Machine{OS: "linux", Arch: "x86_64", CPUFlags: strings.Fields(skylake)}, "linux/amd64 linux/amd64/v2 linux/amd64/v3 linux/amd64/v4 linux/386"},
-		"a level with gaps": {Machine{OS: "linux", Arch: "x86_64", CPUFlags: strings.Fields(strings.Replace(skylake, "movbe", "", 1))}, "linux/amd64 linux/amd64/v2 linux/386"},
+		"core 2":            {Machine{OS: "linux", Arch: "x86_64", IA32: true, CPUFlags: strings.Fields("fpu sse2 pni")}, "linux/amd64 linux/386"},
+		"nehalem":           {Machine{OS: "linux", Arch: "x86_64", IA32: true, CPUFlags: strings.Fields(nehalem)}, "linux/amd64 linux/amd64/v2 linux/386"},
+		"haswell":           {Machine{OS: "linux", Arch: "x86_64", IA32: true, CPUFlags: strings.Fields(haswell)}, "linux/amd64 linux/amd64/v2 linux/amd64/v3 linux/386"},
+		"skylake":           {Machine{OS: "linux", Arch: "x86_64", IA32: true, CPUFlags: strings.Fields(skylake)}, "linux/amd64 linux/amd64/v2 linux/amd64/v3 linux/amd64/v4 linux/386"},
+		"a level with gaps": {Machine{OS: "linux", Arch: "x86_64", IA32: true, CPUFlags: strings.Fields(strings.Replace(skylake, "movbe", "", 1))}, "linux/amd64 linux/amd64/v2 linux/386"},
+		"no 32-bit kernel":  {Machine{OS: "linux", Arch: "x86_64", CPUFlags: strings.Fields(nehalem)}, "linux/amd64 linux/amd64/v2"},
 		"graviton 2":        {Machine{OS: "linux", Arch: "aarch64", AArch32: true}, "linux/arm64 linux/arm/v7 linux/arm/v6"},
 		"ampere altra":      {Machine{OS: "linux", Arch: "aarch64"}, "linux/arm64"},
 		"raspberry pi 2":    {Machine{OS: "linux", Arch: "armv7l"}, "linux/arm/v7 linux/arm/v6"},
 		"raspberry pi 1":    {Machine{OS: "linux", Arch: "armv6l"}, "linux/arm/v6"},
 		"32-bit userland":   {Machine{OS: "linux", Arch: "armv8l"}, "linux/arm/v7 linux/arm/v6"},
 		"mac mini":          {Machine{OS: "darwin", Arch: "arm64", AArch32: true}, "linux/arm64"},
-		"intel mac":         {Machine{OS: "darwin", Arch: "x86_64", CPUFlags: strings.Fields(haswell)}, "linux/amd64"},
+		"intel mac":         {Machine{OS: "darwin", Arch: "x86_64", IA32: true, CPUFlags: strings.Fields(haswell)}, "linux/amd64"},
 		"old pc":            {Machine{OS: "linux", Arch: "i686", CPUFlags: strings.Fields(haswell)}, "linux/386"},
 		"risc-v":            {Machine{OS: "linux", Arch: "riscv64"}, "linux/riscv64"},
 		"power":             {Machine{OS: "linux", Arch: "ppc64le"}, "linux/ppc64le"},
@@ -60,6 +61,7 @@ func TestFrom_NeverNamesAnotherArchitecture(t *testing.T) {
 			Arch:     rapid.SampledFrom([]string{"x86_64", "aarch64", "s390x", "riscv64", "armv7l"}).Draw(r, "arch"),
 			CPUFlags: rapid.SliceOf(rapid.SampledFrom(strings.Fields(skylake))).Draw(r, "flags"),
 			AArch32:  rapid.Bool().Draw(r, "aarch32"),
+			IA32:     rapid.Bool().Draw(r, "ia32"),
 		}
 		base := bases[m.Arch].Architecture
 		found := From(m)
@@ -101,7 +103,7 @@ func TestParse_RefusesWhatIsNoPlatform(t *testing.T) {
 
 func TestDetect_NamesTheArchitectureOfThisProcess(t *testing.T) {
 	t.Parallel()
-	m, err := Detect()
+	m, err := Detect(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,22 +115,22 @@ func TestDetect_NamesTheArchitectureOfThisProcess(t *testing.T) {
 	if !slices.ContainsFunc(found, func(p ocispecs.Platform) bool { return p.Architecture == runtime.GOARCH }) {
 		t.Errorf("%q lacks %s", Format(found), runtime.GOARCH)
 	}
-	again, err := Detect()
-	if err != nil || again.Arch != m.Arch || again.AArch32 != m.AArch32 {
+	again, err := Detect(t.Context())
+	if err != nil || again.Arch != m.Arch || again.AArch32 != m.AArch32 || again.IA32 != m.IA32 {
 		t.Errorf("asked again: %+v, %v; before %+v", again, err, m)
 	}
 }
 
 func TestCommonFlags_AreThoseOfEveryCPU(t *testing.T) {
 	t.Parallel()
-	got, err := commonFlags(strings.NewReader("processor\t: 0\nflags\t\t: fpu avx avx512f\nvmx flags\t: ept\n\nprocessor\t: 1\nflags\t\t: avx fpu\n"))
+	got, err := CommonFlags(strings.NewReader("processor\t: 0\nflags\t\t: fpu avx avx512f\nvmx flags\t: ept\n\nprocessor\t: 1\nflags\t\t: avx fpu\n"))
 	if err != nil || !slices.Equal(got, []string{"fpu", "avx"}) {
 		t.Errorf("%q, %v", got, err)
 	}
-	if got, err := commonFlags(strings.NewReader("")); err != nil || len(got) != 0 {
+	if got, err := CommonFlags(strings.NewReader("")); err != nil || len(got) != 0 {
 		t.Errorf("of nothing: %q, %v", got, err)
 	}
-	if _, err := commonFlags(strings.NewReader("flags : " + strings.Repeat("x", maxLine+1))); err == nil {
+	if _, err := CommonFlags(strings.NewReader("flags : " + strings.Repeat("x", maxLine+1))); err == nil {
 		t.Error("read a line without bounds")
 	}
 }
