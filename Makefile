@@ -59,6 +59,9 @@ lint: lint-tools ## go vet, golangci-lint, buf lint
 	$(TOOLS)/golangci-lint run ./...
 	$(TOOLS)/buf lint
 
+deploy-check: setup build ## units, plist, user data, alerting rules and the guides' commands
+	@deploy/check.sh
+
 generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## proto/**/*.pb.go from proto/**/*.proto
 	PATH="$$PWD/$(TOOLS):$$PATH" $(TOOLS)/buf generate
 
@@ -112,4 +115,4 @@ $(TOOLS)/protoc-gen-go-grpc: go.mod
 clean: ## remove bin/, tools included
 	rm -rf $(BIN)
 
-.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench conformance lint generate setup tools arm64vm lint-tools clean
+.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench conformance lint deploy-check generate setup tools arm64vm lint-tools clean

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/identity"
 )
 
 // Defaults of a coordinator.
@@ -29,6 +30,16 @@ type Config struct {
 	// and the connections that agents dial back. At least one; the first TCP one
 	// is what gossip tells the workers.
 	Listen []address.Address
+	// Insecure takes connections in plaintext from other machines, too.
+	Insecure bool
+	// TLSHosts are further names and addresses that the coordinator's certificate
+	// is for, beside those of this machine.
+	TLSHosts []string
+	// CACert and CAKey are the operator's own authority; empty: one in DataDir. With
+	// CACert alone, TLSCert and TLSKey are the coordinator's certificate, and no
+	// certificates are issued.
+	CACert, CAKey   string
+	TLSCert, TLSKey string
 	// HTTP is host:port of health and metrics; empty for none.
 	HTTP string
 	// Pprof adds Go's profiles to HTTP. They show what the process does, not what
@@ -65,6 +76,9 @@ type Config struct {
 	// sessions are open; more are refused. A build that waits takes some 180 KiB, a
 	// session 120 KiB; a build that prints much up to 32 MiB.
 	MaxBuilds, MaxSessions int
+	// AllowEmulation names the pools whose workers may emulate platforms that no worker
+	// runs natively.
+	AllowEmulation []string
 	// Stop, when closed, ends the wait for running builds.
 	Stop <-chan struct{}
 	// Version of this program.
@@ -79,6 +93,8 @@ type Bound struct {
 	Listen []address.Address
 	HTTP   string
 	Gossip string
+	// Admin is the path of the socket for administrators; empty: there is none.
+	Admin string
 }
 
 func (c *Config) validate() error {
@@ -96,6 +112,11 @@ func (c *Config) validate() error {
 	}
 	if c.MaxSessions <= 0 {
 		c.MaxSessions = DefaultMaxSessions
+	}
+	for _, pool := range c.AllowEmulation {
+		if !identity.ValidName(pool) {
+			return fmt.Errorf("--allow-emulation %q: no pool can be called that: use letters, digits, '.', '_' and '-'", pool)
+		}
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
@@ -28,6 +30,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/coordinator/access"
+	"github.com/archfarm/archfarm/coordinator/authority"
 	"github.com/archfarm/archfarm/coordinator/dispatch"
 	"github.com/archfarm/archfarm/coordinator/endpoint"
 	"github.com/archfarm/archfarm/coordinator/export"
@@ -36,7 +40,6 @@ import (
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
 	"github.com/archfarm/archfarm/coordinator/trace"
-	"github.com/archfarm/archfarm/gossip"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 	"github.com/archfarm/archfarm/tunnel"
 )
@@ -63,6 +66,10 @@ type coordinator struct {
 	traces  *trace.Traces
 	metrics *prometheus.Registry
 	health  *health.Server
+
+	authority *authority.Authority
+	door      *access.Door
+	bound     atomic.Pointer[Bound] // nil until all addresses are
 }
 
 // Run serves until ctx ends and the builds that run by then have ended too, or
@@ -80,7 +87,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("starting the coordinator: %w", err)
 	}
-	return errors.Join(c.run(ctx), c.closeHistory(ctx))
+	return errors.Join(c.run(ctx), c.closeHistory(ctx), c.authority.Close())
 }
 
 func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) {
@@ -92,7 +99,10 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	metrics := prometheus.NewRegistry()
 	scheduler := schedule.New(nil)
 	scheduler.Share = true // a build of more legs than slots would wait for itself
-	workers := fleet.New(cfg.Logger, func(ws []*fleet.Worker) { scheduler.Update(asSchedule(ws)) })
+	workers := fleet.New(cfg.Logger, func(ws []*fleet.Worker) { scheduler.Update(asSchedule(ws, cfg.AllowEmulation)) })
+	workers.Reported = func(w *fleet.Worker) {
+		scheduler.UpdateWorker(asSchedule([]*fleet.Worker{w}, cfg.AllowEmulation)[0])
+	}
 	farm := &dispatch.Farm{
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
 		Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
@@ -108,18 +118,24 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	if err != nil {
 		return nil, err
 	}
-	return &coordinator{
+	c := &coordinator{
 		cfg: cfg, log: cfg.Logger, farm: farm, builds: running, history: builds, traces: traces, metrics: metrics, health: health.NewServer(),
-	}, nil
+	}
+	if err := c.openAuthority(workers); err != nil {
+		return nil, errors.Join(err, c.closeHistory(ctx))
+	}
+	return c, nil
 }
 
-// asSchedule is the fleet as the scheduler sees it.
-func asSchedule(workers []*fleet.Worker) []schedule.Worker {
+// asSchedule is the fleet as the scheduler sees it, given the pools whose workers may
+// emulate.
+func asSchedule(workers []*fleet.Worker, emulating []string) []schedule.Worker {
 	out := make([]schedule.Worker, 0, len(workers))
 	for _, w := range workers {
 		report := w.Report()
 		s := schedule.Worker{
 			Name: w.Name, Platforms: w.Platforms, Reported: w.Reported(),
+			Pool: w.Pool, Emulated: w.Emulated(), AllowEmulation: slices.Contains(emulating, w.Pool),
 			Slots: int(report.GetSlots().GetTotal()), Used: int(report.GetSlots().GetUsed()), Reason: report.GetReason(),
 		}
 		switch report.GetState() {
@@ -127,6 +143,8 @@ func asSchedule(workers []*fleet.Worker) []schedule.Worker {
 			s.State = schedule.Ready
 		case archfarmv1.Worker_STATE_DRAINING:
 			s.State = schedule.Draining
+		case archfarmv1.Worker_STATE_CORDONED:
+			s.State = schedule.Cordoned
 		default:
 			s.State = schedule.Unavailable
 		}
@@ -153,6 +171,8 @@ func (c *coordinator) run(ctx context.Context) error {
 		_ = webListener.Close()
 		return err
 	}
+	c.bound.Store(&bound)
+	c.warnOfPlaintext()
 	if c.cfg.Ready != nil {
 		c.cfg.Ready(bound)
 	}
@@ -228,7 +248,7 @@ func (c *coordinator) stop(ctx context.Context, server *grpc.Server, web *http.S
 func (c *coordinator) listen(ctx context.Context) ([]net.Listener, Bound, error) {
 	var out []net.Listener
 	var bound Bound
-	for _, a := range c.cfg.Listen {
+	for _, a := range c.administrated() {
 		l, err := a.Listen(ctx)
 		if err != nil {
 			closeAll(out)
@@ -238,8 +258,12 @@ func (c *coordinator) listen(ctx context.Context) ([]net.Listener, Bound, error)
 		if a.Network == "tcp" {
 			actual = address.Address{Network: "tcp", Addr: l.Addr().String()}
 		}
-		bound.Listen = append(bound.Listen, actual)
-		out = append(out, tunnel.NewListener(l, c.farm.Fleet.Accept, c.log))
+		if actual.Addr == c.door.AdminSocket {
+			bound.Admin = actual.Addr
+		} else {
+			bound.Listen = append(bound.Listen, actual)
+		}
+		out = append(out, tunnel.NewListener(l, c.door.Security(a, c.cfg.Insecure), c.farm.Fleet.Accept, c.log))
 	}
 	return out, bound, nil
 }
@@ -250,31 +274,14 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-// gossip joins the member list, where workers find this coordinator.
-func (c *coordinator) gossip(ctx context.Context, bound *Bound) (*gossip.Node, error) {
-	advertised := c.cfg.advertised(bound.Listen)
-	if c.cfg.Gossip == "" || advertised == "" {
-		return nil, nil
-	}
-	node, err := gossip.Start(ctx, gossip.Config{
-		Name: c.cfg.Name, Role: gossip.Coordinator, Bind: c.cfg.Gossip, Advertise: c.cfg.GossipAdvertise,
-		Join: c.cfg.Join, Key: c.cfg.GossipKey, GRPC: advertised, Logger: c.log,
-	})
-	if err != nil {
-		return nil, err
-	}
-	bound.Gossip = node.Addr()
-	return node, nil
-}
-
 // server registers everything that is served on the gRPC door.
 func (c *coordinator) server() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize), // as buildkitd,
-		grpc.UnaryInterceptor(c.unary), grpc.StreamInterceptor(c.stream), grpc.StatsHandler(c.traces.StatsHandler()),
+		grpc.ChainUnaryInterceptor(c.unary, c.door.Unary), grpc.ChainStreamInterceptor(c.stream, c.door.Stream), grpc.StatsHandler(c.traces.StatsHandler()),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(introduction),
-		grpc.Creds(dispatch.Credentials(insecure.NewCredentials())),
+		grpc.Creds(c.door.Credentials(dispatch.Credentials(insecure.NewCredentials()))), // the listeners secure
 		// A client or worker that vanished without a word is noticed within a minute.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -285,7 +292,8 @@ func (c *coordinator) server() *grpc.Server {
 	contentapi.RegisterContentServer(server, endpoint.Content(c.history))
 	tracev1.RegisterTraceServiceServer(server, c.traces)
 	archfarmv1.RegisterAgentServiceServer(server, c.farm.Fleet)
-	archfarmv1.RegisterFleetServiceServer(server, c.farm.Fleet)
+	archfarmv1.RegisterFleetServiceServer(server, &endpoint.Fleet{FleetServiceServer: c.farm.Fleet, Builds: c.builds, Scheduler: c.farm.Scheduler})
+	archfarmv1.RegisterAuthorityServiceServer(server, c.authority)
 	healthpb.RegisterHealthServer(server, c.health)
 	return server
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -67,28 +68,80 @@ func registerMetrics(r *prometheus.Registry, farm *dispatch.Farm, version string
 }
 
 var (
-	workersDesc = prometheus.NewDesc("archfarm_worker_state", "1 for the state that an attached worker is in.", []string{"worker", "platform", "state"}, nil)
-	queueDesc   = prometheus.NewDesc("archfarm_queue_depth", "Legs that wait for a worker.", []string{"platform"}, nil)
-	slotsDesc   = prometheus.NewDesc("archfarm_worker_slots", "Slots of an attached worker, free and used.", []string{"worker", "platform", "state"}, nil)
+	workersDesc = prometheus.NewDesc("archfarm_worker_state", "1 for the state that an attached worker is in.", []string{"worker", "platform", "pool", "state"}, nil)
+	workerDesc  = prometheus.NewDesc("archfarm_worker_slots", "Slots of an attached worker, free and used.", []string{"worker", "platform", "pool", "state"}, nil)
+	queueDesc   = prometheus.NewDesc("archfarm_queue_depth", `Legs that wait for a worker, by what they ask for; "any" pool: they may run in all.`, []string{"platform", "pool"}, nil)
+	slotsDesc   = prometheus.NewDesc("archfarm_slots", "Slots of the attached workers: used, free, or not to be had although nothing runs in them.", []string{"platform", "pool", "state"}, nil)
 )
+
+// anyPool is the pool of legs that may run in all.
+const anyPool = "any"
+
+// slotStates are what a slot is, and all that it is counted as.
+var slotStates = []string{"free", "used", "draining", "unavailable", "cordoned"}
 
 // fleetCollector reads the fleet when it is asked: workers come and go.
 type fleetCollector struct{ farm *dispatch.Farm }
 
 func (*fleetCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- workersDesc
+	out <- workerDesc
 	out <- slotsDesc
 	out <- queueDesc
 }
 
 func (c *fleetCollector) Collect(out chan<- prometheus.Metric) {
-	for platform, legs := range c.farm.Scheduler.Waiting() {
-		out <- prometheus.MustNewConstMetric(queueDesc, prometheus.GaugeValue, float64(legs), platform)
-	}
-	for _, w := range c.farm.Scheduler.Snapshot() {
+	workers := c.farm.Scheduler.Snapshot()
+	for _, w := range workers {
 		platform := schedule.Primary(w)
-		out <- prometheus.MustNewConstMetric(workersDesc, prometheus.GaugeValue, 1, w.Name, platform, w.State.String())
-		out <- prometheus.MustNewConstMetric(slotsDesc, prometheus.GaugeValue, float64(w.Used), w.Name, platform, "used")
-		out <- prometheus.MustNewConstMetric(slotsDesc, prometheus.GaugeValue, float64(max(0, w.Slots-w.Used)), w.Name, platform, "free")
+		out <- gauge(workersDesc, 1, w.Name, platform, w.Pool, w.State.String())
+		out <- gauge(workerDesc, w.Used, w.Name, platform, w.Pool, "used")
+		out <- gauge(workerDesc, max(0, w.Slots-w.Used), w.Name, platform, w.Pool, "free")
 	}
+	for at, legs := range queueDepths(workers, c.farm.Scheduler.Waiting()) {
+		out <- gauge(queueDesc, legs, at.Platform, at.Pool)
+	}
+	for at, states := range slotCounts(workers) {
+		for _, state := range slotStates {
+			out <- gauge(slotsDesc, states[state], at.Platform, at.Pool, state)
+		}
+	}
+}
+
+func gauge(desc *prometheus.Desc, v int, labels ...string) prometheus.Metric {
+	return prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(v), labels...)
+}
+
+// queueDepths adds to what waits a zero for every platform in every pool that the farm
+// has workers of: to an autoscaler, no figure is not the same as 0.
+func queueDepths(workers []schedule.Worker, waiting map[schedule.Place]int) map[schedule.Place]int {
+	out := map[schedule.Place]int{}
+	for _, w := range workers {
+		for _, platform := range schedule.Base(w) {
+			out[schedule.Place{Platform: platform, Pool: w.Pool}] = 0
+			out[schedule.Place{Platform: platform, Pool: anyPool}] = 0
+		}
+	}
+	maps.Copy(out, waiting)
+	return out
+}
+
+// slotCounts counts the slots of each kind of worker, known by its best platform, in
+// each pool, by their state.
+func slotCounts(workers []schedule.Worker) map[schedule.Place]map[string]int {
+	out := map[schedule.Place]map[string]int{}
+	for _, w := range workers {
+		at := schedule.Place{Platform: schedule.Primary(w), Pool: w.Pool}
+		if out[at] == nil {
+			out[at] = map[string]int{}
+		}
+		rest := w.State.String()
+		if w.State == schedule.Ready {
+			rest = "free"
+		}
+		used := min(w.Used, w.Slots)
+		out[at]["used"] += used
+		out[at][rest] += w.Slots - used
+	}
+	return out
 }

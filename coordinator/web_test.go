@@ -4,12 +4,17 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
 	"testing"
 
+	"github.com/containerd/platforms"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/coordinator/schedule"
 )
 
 // served is a coordinator's web, without the rest of it being served.
@@ -144,5 +149,48 @@ func TestWeb_AddressInUse(t *testing.T) {
 	_, _, err = c.web(context.Background(), &Bound{})
 	if err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestWeb_AutoscalersSeeZeroWhereNothingWaits(t *testing.T) {
+	t.Parallel()
+	amd, arm := platforms.MustParse("linux/amd64"), platforms.MustParse("linux/arm64")
+	workers := []schedule.Worker{
+		{Name: "a", Pool: "cloud", Platforms: []ocispecs.Platform{amd}, Slots: 4, Used: 3},
+		{Name: "b", Pool: "cloud", Platforms: []ocispecs.Platform{amd}, Slots: 4, Used: 1, State: schedule.Draining},
+		{Name: "c", Pool: "office", Platforms: []ocispecs.Platform{arm}, Slots: 2, Used: 5}, // another coordinator's word is late
+		{Name: "d", Pool: "office", Platforms: []ocispecs.Platform{arm}, Slots: 2, State: schedule.Cordoned},
+		{Name: "e", Pool: "office", Platforms: []ocispecs.Platform{arm}, Slots: 2, State: schedule.Unavailable},
+	}
+	waiting := map[schedule.Place]int{{Platform: "linux/arm64", Pool: "any"}: 7, {Platform: "any", Pool: "any"}: 1}
+	depths := queueDepths(workers, waiting)
+	if want := (map[schedule.Place]int{
+		{Platform: "linux/amd64", Pool: "cloud"}: 0, {Platform: "linux/amd64", Pool: "any"}: 0,
+		{Platform: "linux/arm64", Pool: "office"}: 0, {Platform: "linux/arm64", Pool: "any"}: 7, {Platform: "any", Pool: "any"}: 1,
+	}); !maps.Equal(depths, want) {
+		t.Errorf("depths %v, want %v", depths, want)
+	}
+	slots := slotCounts(workers)
+	if got, want := slots[schedule.Place{Platform: "linux/amd64", Pool: "cloud"}], map[string]int{"used": 4, "free": 1, "draining": 3}; !maps.Equal(got, want) {
+		t.Errorf("amd64: %v, want %v", got, want)
+	}
+	if got, want := slots[schedule.Place{Platform: "linux/arm64", Pool: "office"}], map[string]int{"used": 2, "free": 0, "cordoned": 2, "unavailable": 2}; !maps.Equal(got, want) {
+		t.Errorf("arm64: %v, want %v", got, want)
+	}
+}
+
+func TestWeb_MetricsOfTheFleet(t *testing.T) {
+	t.Parallel()
+	c, get := served(t, Config{HTTP: "127.0.0.1:0"})
+	c.farm.Scheduler.Update([]schedule.Worker{{Name: "a", Pool: "cloud", Platforms: []ocispecs.Platform{platforms.MustParse("linux/amd64")}, Slots: 2, Used: 1}})
+	_, body := get(http.MethodGet, "/metrics")
+	for _, line := range []string{
+		`archfarm_queue_depth{platform="linux/amd64",pool="any"} 0`, `archfarm_queue_depth{platform="linux/amd64",pool="cloud"} 0`,
+		`archfarm_slots{platform="linux/amd64",pool="cloud",state="free"} 1`, `archfarm_slots{platform="linux/amd64",pool="cloud",state="cordoned"} 0`,
+		`archfarm_worker_slots{platform="linux/amd64",pool="cloud",state="used",worker="a"} 1`, `archfarm_worker_state{platform="linux/amd64",pool="cloud",state="ready",worker="a"} 1`,
+	} {
+		if !strings.Contains(body, line+"\n") {
+			t.Errorf("no %q among the metrics", line)
+		}
 	}
 }

@@ -97,7 +97,7 @@ heading "1. A farm on this machine"
 row registry "$registry" "where the image goes"
 row coordinator "127.0.0.1:$farm" "the only address that docker buildx gets to know"
 row amd64-host worker "this machine: a buildkitd and its agent, on $(uname -sr) $(uname -m)"
-row arm64-vm worker "a virtual arm64 machine, booting now: the same two, on a kernel of its own, behind NAT"
+row arm64-vm worker "a virtual arm64 machine, booting now: the same two, on a kernel of its own, behind NAT, by mutual TLS"
 cat >"$work/registry.yml" <<END
 version: 0.1
 log: {level: warn}
@@ -113,8 +113,10 @@ await 30 "the registry" listening "$registry_port"
 await 30 "the coordinator" listening "$farm"
 await 60 "buildkitd" test -S "$work/buildkitd.sock"
 spawn amd64-worker "$archfarm" worker --name amd64-host --join "127.0.0.1:$gossip" --gossip 127.0.0.1:0 \
-	--buildkit "unix://$work/buildkitd.sock" --slots 2
-ARM64VM_COORDINATOR=10.0.2.2:$farm deploy/arm64vm/vm.sh start >>"$logs/arm64-vm.log" 2>&1
+	--buildkit "unix://$work/buildkitd.sock" --slots 2 --data-dir "$work/worker"
+# What comes from another machine is encrypted, and has a certificate.
+token=$("$archfarm" token create --worker --farm "unix://$work/coordinator/admin.sock")
+ARM64VM_COORDINATOR=10.0.2.2:$farm ARM64VM_AGENT_ARGS="--token $token" deploy/arm64vm/vm.sh start >>"$logs/arm64-vm.log" 2>&1
 
 workers() { "$archfarm" workers --farm "tcp://127.0.0.1:$farm" "$@"; }
 both_ready() { [ "$(workers --output json | tr -d ' \n\t' | grep -o '"state":"ready"' | wc -l)" = 2 ]; }

@@ -15,9 +15,12 @@ qemu-system-aarch64:qemu-system-arm
 cpio:cpio
 mke2fs:e2fsprogs
 flock:util-linux
+ip:iproute2
+nft:nftables
+sysctl:procps
 "
 if [ "${1:-}" = --ci ]; then
-	needed="$needed shellcheck:shellcheck"
+	needed="$needed shellcheck:shellcheck systemd-analyze:systemd python3:python3"
 fi
 
 PATH=$PATH:/usr/sbin:/sbin

@@ -71,11 +71,12 @@ func startARM64(t *testing.T, r rig) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	run := farmtest.Folder(t)
+	run, token := farmtest.Folder(t), r.Farm.Token(t, "--worker", "--name", arm64Name) // for a machine that is not this one
 	vm := func(verb string) {
 		cmd := exec.Command(filepath.Join(r.tools.Root, "deploy", "arm64vm", "vm.sh"), verb)
 		cmd.Env = append(os.Environ(), "ARM64VM_NAME="+arm64Name, "ARM64VM_RUN="+run,
 			"ARM64VM_COORDINATOR=10.0.2.2:"+coordinator.Port(), // where the guest sees the host's 127.0.0.1
+			"ARM64VM_AGENT_ARGS=--token "+token,
 			"ARM64VM_AGENT="+filepath.Join(r.tools.Root, "bin", "archfarm-linux-arm64"),
 			"ARM64VM_BUILDKITD="+filepath.Join(r.tools.Root, "bin", "tools", "buildkitd-linux-arm64"))
 		out, err := cmd.CombinedOutput()

@@ -120,7 +120,7 @@ func startDialback(b *testing.B, backend address.Address, link link) func() (io.
 	inner := listen(b)
 	where := address.Address{Network: "tcp", Addr: link(b, inner.Addr().String())}
 	arrived := make(chan net.Conn)
-	l := tunnel.NewListener(inner, func(_ string, conn net.Conn) { arrived <- conn }, slog.New(slog.DiscardHandler))
+	l := tunnel.NewListener(inner, tunnel.Security{}, func(_ string, conn net.Conn) { arrived <- conn }, slog.New(slog.DiscardHandler))
 	ctx := context.WithoutCancel(b.Context())
 	o := attach(b, l, where.Addr, grpc.NewServer(), func(_ *grpc.ClientConn, id string) {
 		local, err := backend.Dial(ctx)
@@ -128,7 +128,7 @@ func startDialback(b *testing.B, backend address.Address, link link) func() (io.
 			b.Error(err)
 			return
 		}
-		back, err := tunnel.Dial(ctx, where, id)
+		back, err := tunnel.Dial(ctx, tunnel.Plain, where, id)
 		if err != nil {
 			b.Error(err)
 			return

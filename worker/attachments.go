@@ -21,7 +21,7 @@ var errDuplicate = errors.New("this coordinator is attached under another addres
 type attachments struct {
 	agent      *agent
 	configured []address.Address
-	finder     coordinatorFinder // nil without gossip
+	finder     coordinatorFinder
 
 	running sync.WaitGroup // the links
 
@@ -33,14 +33,10 @@ type attachments struct {
 // run follows gossip until ctx ends, and waits for all links.
 func (s *attachments) run(ctx context.Context) {
 	defer s.running.Wait()
-	var changed <-chan struct{}
-	if s.finder != nil {
-		changed = s.finder.Changed()
-	}
 	for {
 		s.update(ctx)
 		select {
-		case <-changed:
+		case <-s.finder.Changed():
 		case <-ctx.Done():
 			return
 		}
@@ -54,11 +50,9 @@ func (s *attachments) update(ctx context.Context) {
 	for _, a := range s.configured {
 		wanted[a] = true
 	}
-	if s.finder != nil {
-		for _, found := range s.finder.Coordinators() {
-			if a, err := address.Parse(found); err == nil {
-				wanted[a] = true
-			}
+	for _, found := range s.finder.Coordinators() {
+		if a, err := address.Parse(found); err == nil {
+			wanted[a] = true
 		}
 	}
 

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/worker/managed"
 	"github.com/moby/buildkit/client"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -30,6 +32,32 @@ type daemon struct {
 	client *client.Client
 	timing timing
 	log    *slog.Logger
+	// managed supervises it; nil: others do.
+	managed *managed.Daemon
+}
+
+// manage starts the buildkitd that the agent is to run, if it is to, and makes c
+// that of an agent beside it.
+func (c *Config) manage(ctx context.Context) (*managed.Daemon, error) {
+	if c.Managed == nil {
+		return nil, nil
+	}
+	d, err := managed.Start(ctx, managed.Config{Program: c.Managed.Program, Args: c.Managed.Args, Dir: c.DataDir, Logger: c.Logger})
+	if err != nil {
+		return nil, err
+	}
+	c.BuildKit, c.BuildKitRoot = d.Addr(), d.Root()
+	return d, nil
+}
+
+// usable says what is wrong with a buildkitd of that version; a version that is
+// not known, that of a developer's build, is taken.
+func usable(version string) error {
+	v, known := managed.ParseVersion(version)
+	if known && v.Before(managed.ForCoordinator) {
+		return fmt.Errorf("buildkitd is %s, and %s is the oldest that a coordinator can use", version, managed.ForCoordinator)
+	}
+	return nil
 }
 
 // newDaemon does not connect yet.
@@ -58,7 +86,7 @@ func (d *daemon) version(ctx context.Context) (string, error) {
 	info, err := d.client.Info(ctx)
 	switch {
 	case status.Code(err) == codes.Unimplemented:
-		return "", nil // older than v0.11, but it answers
+		return "v0.10.0", nil // Info is since v0.11
 	case err != nil:
 		return "", fmt.Errorf("buildkitd at %s does not answer: %w", d.addr, err)
 	}
@@ -86,8 +114,8 @@ func (d *daemon) await(ctx context.Context) (string, error) {
 func (d *daemon) watch(ctx context.Context, s *slots) {
 	late := 0
 	up := true
-	for sleep(ctx, d.timing.checkEvery) {
-		_, err := d.version(ctx)
+	for d.pause(ctx) {
+		err := d.check(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -112,6 +140,35 @@ func (d *daemon) watch(ctx context.Context, s *slots) {
 	}
 }
 
+// check says why buildkitd does not run, or does not answer.
+func (d *daemon) check(ctx context.Context) error {
+	if d.managed != nil {
+		if why, _ := d.managed.Failure(); why != "" {
+			return errors.New(why)
+		}
+	}
+	_, err := d.version(ctx)
+	return err
+}
+
+// pause waits for the next time to check, which is at once when the supervisor
+// has something to tell, and tells whether ctx let it.
+func (d *daemon) pause(ctx context.Context) bool {
+	var told <-chan struct{}
+	if d.managed != nil {
+		_, told = d.managed.Failure()
+	}
+	t := time.NewTimer(d.timing.checkEvery)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-told:
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
 func isTimeout(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded
 }
@@ -121,5 +178,5 @@ func clip(s string) string {
 	if len(s) <= maxReason {
 		return s
 	}
-	return s[:maxReason] + "…"
+	return strings.ToValidUTF8(s[:maxReason], "") + "…"
 }

@@ -9,10 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/gossip"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 	"github.com/archfarm/archfarm/tunnel"
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -33,6 +35,9 @@ var hasty = timing{
 	checkWithin:   time.Second,
 	welcomeWithin: 300 * time.Millisecond,
 	orphanAfter:   300 * time.Millisecond,
+	lookEvery:     20 * time.Millisecond,
+	pruneEvery:    time.Minute,
+	releaseWithin: 10 * time.Millisecond,
 }
 
 func socketPath(t *testing.T) address.Address {
@@ -45,12 +50,13 @@ func socketPath(t *testing.T) address.Address {
 	return address.Address{Network: "unix", Addr: filepath.Join(dir, "s")}
 }
 
-// fakeBuildkitd answers Info, and nothing else.
+// fakeBuildkitd answers Info, DiskUsage and Prune, and nothing else.
 type fakeBuildkitd struct {
 	controlapi.UnimplementedControlServer
 	addr   address.Address
 	server *grpc.Server
 	served sync.WaitGroup
+	pruned func(*controlapi.PruneRequest) // nil: nobody cares
 }
 
 const buildkitVersion = "v0.99.0"
@@ -85,6 +91,7 @@ type fakeCoordinator struct {
 	served   sync.WaitGroup
 	attached chan *attached
 	tunnels  chan net.Conn
+	ring     atomic.Pointer[gossip.Keyring] // what agents are welcomed with; nil: no keys
 }
 
 // attached is one Attach call, seen from the coordinator.
@@ -110,7 +117,7 @@ func startCoordinator(t *testing.T, addr address.Address) *fakeCoordinator {
 	if addr.Network == "tcp" {
 		c.addr.Addr = inner.Addr().String()
 	}
-	l := tunnel.NewListener(inner, func(_ string, conn net.Conn) { c.tunnels <- conn }, slog.New(slog.DiscardHandler))
+	l := tunnel.NewListener(inner, tunnel.Security{}, func(_ string, conn net.Conn) { c.tunnels <- conn }, slog.New(slog.DiscardHandler))
 	archfarmv1.RegisterAgentServiceServer(c.server, &agentService{c: c, t: t})
 	c.served.Go(func() { _ = c.server.Serve(l) })
 	t.Cleanup(c.stop)
@@ -143,9 +150,11 @@ func (s *agentService) Attach(rpc grpc.BidiStreamingServer[archfarmv1.AttachRequ
 	if err != nil {
 		return err
 	}
-	if err := rpc.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Welcome{
-		Welcome: &archfarmv1.Welcome{HeartbeatSeconds: 1},
-	}}); err != nil {
+	welcome := &archfarmv1.Welcome{HeartbeatSeconds: 1}
+	if ring := s.c.ring.Load(); ring != nil {
+		welcome.GossipKeyring = &archfarmv1.GossipKeyring{Keys: *ring}
+	}
+	if err := rpc.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Welcome{Welcome: welcome}}); err != nil {
 		return err
 	}
 	hungUp := make(chan struct{})
@@ -224,6 +233,25 @@ func (a *attached) ask(id string, slot bool) {
 		Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: slot},
 	}}); err != nil {
 		a.t.Fatal(err)
+	}
+}
+
+// direct has the agent do something and waits until it has, or says why not. It
+// returns the report before that.
+func (a *attached) direct(d *archfarmv1.Directive) (*archfarmv1.Report, string) {
+	a.t.Helper()
+	if err := a.rpc.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Directive{Directive: d}}); err != nil {
+		a.t.Fatal(err)
+	}
+	var last *archfarmv1.Report
+	for {
+		m := receive(a.t, a.messages, "a directive's end")
+		if done := m.GetDone(); done.GetDirectiveId() == d.GetId() && done != nil {
+			return last, done.GetError()
+		}
+		if r := m.GetReport(); r != nil {
+			last = r
+		}
 	}
 }
 

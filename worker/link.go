@@ -10,6 +10,7 @@ import (
 
 	"github.com/archfarm/archfarm/address"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+	"github.com/archfarm/archfarm/worker/enroll"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 )
@@ -22,7 +23,7 @@ const (
 	leaveWithin = time.Second
 	// unansweredWithin is how long the kernel may wait for the acknowledgement of
 	// a heartbeat before it takes the coordinator's machine for gone.
-	unansweredWithin = 20 * time.Second
+	unansweredWithin = 10 * time.Second
 
 	defaultHeartbeat = 5 * time.Second
 	maxHeartbeat     = 5 * time.Minute
@@ -103,7 +104,7 @@ func (l *link) report(err error, pause time.Duration) {
 		l.log.Debug("not attaching", "reason", err)
 		return
 	}
-	l.log.Warn("not attached: trying again", "error", err, "in", pause)
+	l.log.Warn("not attached: trying again", "error", enroll.Explain(err), "in", pause)
 }
 
 // attach dials the coordinator and serves one stream until it ends. lasted tells
@@ -111,7 +112,7 @@ func (l *link) report(err error, pause time.Duration) {
 func (l *link) attach(ctx context.Context) (lasted bool, err error) {
 	dialing, cancelDial := context.WithTimeout(ctx, dialWithin)
 	defer cancelDial()
-	conn, err := l.addr.Dial(dialing)
+	conn, err := l.set.agent.dial(dialing, l.addr)
 	if err != nil {
 		return false, err
 	}
@@ -131,7 +132,7 @@ func (l *link) attach(ctx context.Context) (lasted bool, err error) {
 	defer cc.Close()
 
 	defer l.orphan()
-	s := &stream{link: l, peer: peer, tunnels: l.adopt(ctx), refusals: make(chan *archfarmv1.Refused), done: make(chan struct{})}
+	s := &stream{link: l, peer: peer, tunnels: l.adopt(ctx), answers: make(chan *archfarmv1.AttachRequest), done: make(chan struct{})}
 	err = s.run(ctx, archfarmv1.NewAgentServiceClient(cc))
 	return s.heartbeat > 0 && time.Since(s.welcomed) >= s.heartbeat, err
 }

@@ -29,8 +29,8 @@ type stream struct {
 	heartbeat time.Duration           // 0 until the Welcome
 	welcomed  time.Time
 
-	refusals chan *archfarmv1.Refused // to the one goroutine that may send
-	done     chan struct{}            // closed when nothing is sent any more
+	answers chan *archfarmv1.AttachRequest // to the one goroutine that may send
+	done    chan struct{}                  // closed when nothing is sent any more
 }
 
 // run says Hello, waits for the Welcome, and serves the stream until it ends.
@@ -61,7 +61,8 @@ func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentSe
 	if s.rpc, err = coordinator.Attach(life); err != nil {
 		return fmt.Errorf("attaching: %w", err)
 	}
-	if err := s.greet(); err != nil {
+	defer s.link.set.agent.gossip.forget(s.link)
+	if err := s.greet(life); err != nil {
 		return err
 	}
 	impatience.Stop()
@@ -71,7 +72,7 @@ func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentSe
 	var reason error
 	go func() {
 		defer close(received)
-		reason = s.receive()
+		reason = s.receive(life)
 	}()
 	err = s.send(ctx, received)
 	// Either side has ended: receive has returned, or returns when the
@@ -84,7 +85,7 @@ func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentSe
 }
 
 // greet sends the Hello and receives the Welcome.
-func (s *stream) greet() error {
+func (s *stream) greet(life context.Context) error {
 	hello := proto.CloneOf(s.link.set.agent.hello)
 	hello.Report, _ = s.link.set.agent.slots.report()
 	err := s.rpc.Send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Hello{Hello: hello}})
@@ -106,28 +107,34 @@ func (s *stream) greet() error {
 	if s.heartbeat == 0 {
 		s.heartbeat = defaultHeartbeat
 	}
+	s.link.set.agent.gossip.welcome(life, s.link, welcome.GetGossipKeyring().GetKeys())
 	return nil
 }
 
 // send is the only sender after greet: a report at once, after each change and
-// each heartbeat, and refusals. It returns nil when the stream ended from the
-// other side, or from this one because ctx ended.
+// each heartbeat, and answers, each behind a report: the coordinator hears of what
+// has changed before it hears that it was done. It returns nil when the stream
+// ended from the other side, or from this one because ctx ended.
 func (s *stream) send(ctx context.Context, received <-chan struct{}) error {
 	defer close(s.done)
 	heartbeat := time.NewTicker(s.heartbeat)
 	defer heartbeat.Stop()
+	var answer *archfarmv1.AttachRequest
 	for {
 		report, changed := s.link.set.agent.slots.report()
 		if err := s.sendOne(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Report{Report: report}}); err != nil {
 			return err
 		}
+		if answer != nil {
+			if err := s.sendOne(answer); err != nil {
+				return err
+			}
+			answer = nil
+		}
 		select {
 		case <-changed:
 		case <-heartbeat.C:
-		case r := <-s.refusals:
-			if err := s.sendOne(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Refused{Refused: r}}); err != nil {
-				return err
-			}
+		case answer = <-s.answers:
 		case <-received:
 			return nil
 		case <-ctx.Done():
@@ -147,7 +154,7 @@ func (s *stream) sendOne(m *archfarmv1.AttachRequest) error {
 }
 
 // receive serves what the coordinator asks for until the stream ends.
-func (s *stream) receive() error {
+func (s *stream) receive(life context.Context) error {
 	for {
 		m, err := s.rpc.Recv()
 		if err != nil {
@@ -156,15 +163,25 @@ func (s *stream) receive() error {
 		if open := m.GetOpen(); open != nil {
 			s.open(open)
 		}
+		if directive := m.GetDirective(); directive != nil {
+			s.direct(life, directive)
+		}
 		// Whatever else there is, a newer coordinator says to newer agents.
 	}
 }
 
-// refuse answers an Open. It does not wait longer than the stream lives.
+// refuse answers an Open.
 func (s *stream) refuse(id string, cause archfarmv1.Refused_Cause, why string) {
 	s.link.log.Debug("refusing a connection", "cause", cause.String(), "reason", why)
+	s.answer(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Refused{
+		Refused: &archfarmv1.Refused{ConnectionId: id, Cause: cause, Message: clip(why)},
+	}})
+}
+
+// answer has m sent. It does not wait longer than the stream lives.
+func (s *stream) answer(m *archfarmv1.AttachRequest) {
 	select {
-	case s.refusals <- &archfarmv1.Refused{ConnectionId: id, Cause: cause, Message: clip(why)}:
+	case s.answers <- m:
 	case <-s.done:
 	}
 }

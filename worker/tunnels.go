@@ -105,7 +105,7 @@ func (s *stream) dialBoth(ctx context.Context, id string) (backend, back net.Con
 	if err != nil {
 		return nil, nil, fmt.Errorf("reaching buildkitd: %w", err)
 	}
-	back, err = tunnel.Dial(ctx, s.peer, id)
+	back, err = tunnel.Dial(ctx, s.link.set.agent.dial, s.peer, id)
 	if err != nil {
 		_ = backend.Close() // nothing was written
 		return nil, nil, fmt.Errorf("dialing back: %w", err)

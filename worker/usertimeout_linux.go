@@ -13,6 +13,9 @@ import (
 // an hour. It is for the Attach stream only: a bulk transfer whose reader pauses
 // would be ended too.
 func setUserTimeout(conn net.Conn, d time.Duration) {
+	if secured, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		conn = secured.NetConn()
+	}
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {
 		return

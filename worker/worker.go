@@ -21,8 +21,8 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/address"
-	"github.com/archfarm/archfarm/gossip"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+	"github.com/archfarm/archfarm/worker/native"
 )
 
 // closeWithin bounds how long leaving the gossip may take.
@@ -42,6 +42,12 @@ type timing struct {
 	// itself; one whose machine is gone would keep its slots until TCP gives up,
 	// which takes a quarter of an hour.
 	orphanAfter time.Duration
+	// lookEvery is the time between two readings of the machine.
+	lookEvery time.Duration
+	// pruneEvery is the time between two tries to make room on a full disk.
+	pruneEvery time.Duration
+	// releaseWithin is how long buildkitd takes to let go of what an attempt used.
+	releaseWithin time.Duration
 }
 
 var usual = timing{
@@ -49,16 +55,23 @@ var usual = timing{
 	checkWithin:   5 * time.Second,
 	welcomeWithin: 10 * time.Second,
 	orphanAfter:   2 * time.Minute,
+	lookEvery:     3 * time.Second,
+	pruneEvery:    time.Minute,
+	releaseWithin: 2 * time.Second,
 }
 
 // agent is what everything of one Run shares.
 type agent struct {
-	cfg      Config
-	timing   timing
-	slots    *slots
-	buildkit *daemon
-	hello    *archfarmv1.Hello // without its report
-	tunnels  tunnels
+	cfg       Config
+	timing    timing
+	slots     *slots
+	buildkit  *daemon
+	caretaker *caretaker
+	gossip    *gossiper
+	machine   *machine          // buildkitd's
+	hello     *archfarmv1.Hello // without its report
+	ordering  sync.Mutex        // held while an operator's order is done and kept
+	tunnels   tunnels
 }
 
 // Run offers the worker to the farm until ctx is cancelled. It first waits until
@@ -73,12 +86,23 @@ func Run(ctx context.Context, cfg Config) error {
 	return run(ctx, cfg, usual)
 }
 
-func run(ctx context.Context, cfg Config, timing timing) error {
+func run(ctx context.Context, cfg Config, timing timing) (err error) {
 	coordinators, err := cfg.validate()
 	if err != nil {
 		return fmt.Errorf("worker: %w", err)
 	}
-	platforms, machine, err := cfg.platforms()
+	told, err := loadOrder(cfg.DataDir)
+	if err != nil {
+		return fmt.Errorf("worker: %w", err)
+	}
+	own, err := cfg.manage(ctx)
+	if err != nil {
+		return fmt.Errorf("worker: %w", err)
+	}
+	if own != nil {
+		defer func() { err = errors.Join(err, own.Close()) }() // last: all else needs it
+	}
+	platforms, err := native.Parse(cfg.Platforms)
 	if err != nil {
 		return fmt.Errorf("worker: %w", err)
 	}
@@ -86,6 +110,7 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 	// While it drains, the agent works on although ctx is cancelled already.
 	life, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	slots := newSlots(cfg.Slots)
+	slots.obey(told)
 	var owned sync.WaitGroup
 	defer owned.Wait()
 	defer end(nil)
@@ -102,9 +127,11 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 		return fmt.Errorf("worker: %w", err)
 	}
 	defer buildkit.close()
+	buildkit.managed = own
 	a := &agent{cfg: cfg, timing: timing, slots: slots, buildkit: buildkit, hello: &archfarmv1.Hello{
-		Name: cfg.Name, Platforms: platforms, Version: cfg.Version, Machine: machine,
+		Name: cfg.Name, Version: cfg.Version, Pool: cfg.Pool, Labels: cfg.Labels,
 	}}
+	a.caretaker = newCaretaker(cfg, slots, buildkit, timing)
 
 	// Until it is attached there is nothing to drain: either end will do.
 	starting, giveUp := context.WithCancel(ctx)
@@ -113,16 +140,16 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 	if a.hello.BuildkitVersion, err = buildkit.await(starting); err != nil {
 		return nil // only because it was told to stop
 	}
-	node, err := a.startGossip(starting)
-	if err != nil {
+	if err := a.announce(starting, platforms); err != nil {
+		return notIfStopped(starting, err)
+	}
+	if a.gossip, err = a.startGossip(starting); err != nil {
 		return err
 	}
-	if node != nil {
-		defer a.stopGossip(life, node)
-	}
+	defer a.gossip.stop(life)
 	cfg.Logger.Info("offering this worker to the farm", "worker", cfg.Name,
-		"platforms", platforms, "slots", cfg.Slots, "machine", machine)
-	return a.serve(ctx, life, end, newAttachments(a, coordinators, node))
+		"platforms", a.hello.GetPlatforms(), "slots", cfg.Slots, "machine", a.hello.GetMachine())
+	return a.serve(ctx, life, end, newAttachments(a, coordinators))
 }
 
 // serve works until ctx or life ends, drains, and waits for everything. The
@@ -130,6 +157,8 @@ func run(ctx context.Context, cfg Config, timing timing) error {
 func (a *agent) serve(ctx, life context.Context, end context.CancelCauseFunc, attachments *attachments) error {
 	var tasks sync.WaitGroup
 	tasks.Go(func() { a.buildkit.watch(life, a.slots) })
+	tasks.Go(func() { a.caretaker.run(life) })
+	tasks.Go(func() { a.machine.watchEmulators(life, a.buildkit, a.slots) })
 	tasks.Go(func() { attachments.run(life) })
 
 	select {
@@ -171,46 +200,6 @@ func (a *agent) drain(life context.Context) error {
 	}
 }
 
-// startGossip returns nil if gossip is not configured.
-func (a *agent) startGossip(ctx context.Context) (*gossip.Node, error) {
-	g := a.cfg.Gossip
-	if g.Bind == "" {
-		return nil, nil
-	}
-	node, err := gossip.Start(ctx, gossip.Config{
-		Name: a.cfg.Name, Role: gossip.Worker,
-		Bind: g.Bind, Advertise: g.Advertise, Join: g.Join, Key: g.Key,
-		Logger: a.cfg.Logger,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("worker: %w", err)
-	}
-	a.cfg.Logger.Info("gossiping", "address", node.Addr(), "seeds", g.Join)
-	return node, nil
-}
-
-// stopGossip runs when everything else has ended, and with it life.
-func (a *agent) stopGossip(life context.Context, node *gossip.Node) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(life), closeWithin)
-	defer cancel()
-	if err := node.Close(ctx); err != nil {
-		a.cfg.Logger.Warn("leaving the farm's gossip", "error", err)
-	}
-}
-
-// coordinatorFinder is what the agent wants of gossip.
-type coordinatorFinder interface {
-	Coordinators() []string
-	Changed() <-chan struct{}
-}
-
-var _ coordinatorFinder = (*gossip.Node)(nil)
-
-// newAttachments takes care that a nil node is a nil finder.
-func newAttachments(a *agent, configured []address.Address, node *gossip.Node) *attachments {
-	s := &attachments{agent: a, configured: configured, links: map[address.Address]*link{}, peers: map[string]*link{}}
-	if node != nil {
-		s.finder = node
-	}
-	return s
+func newAttachments(a *agent, configured []address.Address) *attachments {
+	return &attachments{agent: a, configured: configured, finder: a.gossip, links: map[address.Address]*link{}, peers: map[string]*link{}}
 }

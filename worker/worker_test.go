@@ -17,6 +17,7 @@ const (
 	ready       = archfarmv1.Worker_STATE_READY
 	draining    = archfarmv1.Worker_STATE_DRAINING
 	unavailable = archfarmv1.Worker_STATE_UNAVAILABLE
+	cordoned    = archfarmv1.Worker_STATE_CORDONED
 )
 
 func TestRun_SaysWhatTheWorkerIsAndKeepsReporting(t *testing.T) {
@@ -304,6 +305,11 @@ func TestRun_SaysWhatIsWrongWithItsConfiguration(t *testing.T) {
 		"coordinators are named": func(c *Config) { c.Coordinators = make([]string, 65) },
 		"platform":               func(c *Config) { c.Platforms = []string{"arm64"} },
 		"seeds":                  func(c *Config) { c.Gossip.Join = []string{"127.0.0.1:1"} },
+		"pool":                   func(c *Config) { c.Pool = "a/b" },
+		"label":                  func(c *Config) { c.Labels = map[string]string{"-": ""} },
+		"the disk counts":        func(c *Config) { c.DiskHigh, c.DiskLow = 0.9, 0.95 },
+		"data folder":            func(c *Config) { c.Managed = &Managed{} },
+		"finding buildkitd":      func(c *Config) { c.Managed, c.DataDir = &Managed{Program: "/not/there"}, "/not/there" },
 	} {
 		cfg := good
 		spoil(&cfg)

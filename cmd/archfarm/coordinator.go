@@ -45,12 +45,32 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.Bool("pprof", false, "serve Go's profiles on --http, under /debug/pprof/")
 	flags.String("gossip", coordinator.DefaultGossip, "host:port, TCP and UDP, by which workers find this coordinator; empty for none")
 	flags.String("advertise", "", "host:port that workers are told to dial (default: the first TCP address of --listen)")
+	tlsFlags(flags)
 	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
 	flags.Int("max-builds", coordinator.DefaultMaxBuilds, "how many builds may run or wait at a time; more are refused")
 	flags.Int("max-sessions", coordinator.DefaultMaxSessions, "how many client sessions may be open at a time; more are refused")
+	flags.StringArray("allow-emulation", nil, "pool whose workers may emulate platforms that no worker runs natively; may repeat")
 	flags.Int64("spool-max-size", export.DefaultSpoolLimit, "bytes of disk that archives merged from several platforms may take while they are made")
 	historyFlags(flags)
 	gossipFlags(flags)
+}
+
+func tlsFlags(flags *pflag.FlagSet) {
+	flags.Bool("insecure", false, "take connections without TLS from other machines, too: whoever reaches --listen may do anything")
+	flags.StringArray("tls-host", nil, "further name or address by which clients reach the coordinator, for its certificate; may repeat")
+	flags.String("ca-cert", "", "your own authority's certificate, PEM (default: the farm's own, in --data-dir)")
+	flags.String("ca-key", "", "its key, to issue certificates for workers and clients; without it, --tls-cert and --tls-key are needed")
+	flags.String("tls-cert", "", "your own certificate for the coordinator, PEM, the intermediates after it")
+	flags.String("tls-key", "", "its key")
+}
+
+func tlsConfig(flags *pflag.FlagSet, cfg *coordinator.Config) {
+	cfg.Insecure, _ = flags.GetBool("insecure")
+	cfg.TLSHosts, _ = flags.GetStringArray("tls-host")
+	cfg.CACert, _ = flags.GetString("ca-cert")
+	cfg.CAKey, _ = flags.GetString("ca-key")
+	cfg.TLSCert, _ = flags.GetString("tls-cert")
+	cfg.TLSKey, _ = flags.GetString("tls-key")
 }
 
 func historyFlags(flags *pflag.FlagSet) {
@@ -97,6 +117,7 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 			return cfg, err
 		}
 	}
+	tlsConfig(flags, &cfg)
 	cfg.HTTP, _ = flags.GetString("http")
 	cfg.Pprof, _ = flags.GetBool("pprof")
 	cfg.Gossip, _ = flags.GetString("gossip")
@@ -107,6 +128,7 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 		return cfg, usageError{errors.New("no folder for the state is named; use --data-dir")}
 	}
 	cfg.DrainTimeout, _ = flags.GetDuration("drain-timeout")
+	cfg.AllowEmulation, _ = flags.GetStringArray("allow-emulation")
 	for name, limit := range map[string]*int{"max-builds": &cfg.MaxBuilds, "max-sessions": &cfg.MaxSessions} {
 		if *limit, _ = flags.GetInt(name); *limit < 1 {
 			return cfg, usageError{fmt.Errorf("--%s %d: at least 1 must be possible", name, *limit)}

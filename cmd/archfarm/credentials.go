@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -174,18 +175,22 @@ func forgetJoin(cfg *worker.Config, coordinators []string) {
 	}
 }
 
-// final tells whether asking again would be answered alike.
+// final tells whether asking again would be answered alike: somebody has answered,
+// and it was not a passing trouble.
 func final(err error) bool {
-	var answered interface{ GRPCStatus() *status.Status }
-	if !errors.As(err, &answered) {
-		return false
+	switch around := err.(type) { //nolint:errorlint // it looks at each of several
+	case interface{ Unwrap() []error }:
+		return slices.ContainsFunc(around.Unwrap(), final)
+	case interface{ GRPCStatus() *status.Status }:
+		switch around.GRPCStatus().Code() {
+		case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Internal, codes.Unknown:
+			return false
+		default:
+			return true
+		}
 	}
-	switch answered.GRPCStatus().Code() {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Internal, codes.Unknown:
-		return false
-	default:
-		return true
-	}
+	inner := errors.Unwrap(err)
+	return inner != nil && final(inner)
 }
 
 // dialAny connects to the first coordinator that answers, with the certificate.

@@ -21,6 +21,8 @@ var version = "dev"
 const (
 	exitError = 1
 	exitUsage = 2
+	// exitTimeout is that --wait has waited in vain.
+	exitTimeout = 3
 )
 
 func main() {
@@ -39,6 +41,10 @@ func exitCode(err error) int {
 	var usage usageError
 	if errors.As(err, &usage) {
 		return exitUsage
+	}
+	var late timeoutError
+	if errors.As(err, &late) {
+		return exitTimeout
 	}
 	return exitError
 }
@@ -118,6 +124,6 @@ The command line wins over the environment, and that over the file.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %q", err, cmd.CommandPath()+" --help")}
 	})
-	root.AddCommand(newCoordinator(stop), newWorker(stop), newUp(stop), newWorkers())
+	root.AddCommand(newCoordinator(stop), newWorker(stop), newUp(stop), newWorkers(), newDrain(), newCordon(), newUncordon(), newQueue(), newExplain(), newToken(), newGossipKey(), newClient(), newClientCert())
 	return root
 }

@@ -70,6 +70,12 @@ func TestMain_ACommandLineThatMakesNoSenseIsExitCodeTwo(t *testing.T) {
 		"an unknown output":               {nil, []string{"workers", "--output", "yaml"}, []string{"--output", "yaml", "json"}},
 		"a farm that is no address":       {nil, []string{"workers", "--farm", "nowhere"}, []string{"--farm", "nowhere"}},
 		"no slots":                        {nil, []string{"worker", "--slots", "0", "--coordinator", "127.0.0.1:1"}, []string{"--slots"}},
+		"two buildkitds":                  {nil, []string{"worker", "--managed", "--buildkit", "unix:///x"}, []string{"--managed", "--buildkit"}},
+		"nowhere to keep things":          {nil, []string{"worker", "--data-dir", ""}, []string{"--data-dir"}},
+		"a label without a value":         {nil, []string{"worker", "--label", "zone"}, []string{"--label", "KEY=VALUE"}},
+		"a label twice":                   {nil, []string{"worker", "--label", "zone=a", "--label", "zone=b"}, []string{"--label", "once"}},
+		"a label that is none":            {nil, []string{"worker", "--label", "zone=a b"}, []string{"--label", "its value"}},
+		"a disk that is full when empty":  {nil, []string{"worker", "--disk-high", "50"}, []string{"--disk-high 50", "--disk-low 90"}},
 		"half a slot":                     {nil, []string{"worker", "--slots", "0.5"}, []string{"slots", "0.5"}},
 		"a platform that is none":         {nil, []string{"worker", "--platform", "toaster", "--coordinator", "127.0.0.1:1"}, []string{"--platform", "toaster"}},
 		"a buildkitd without an address":  {nil, []string{"worker", "--buildkit", "http://x"}, []string{"--buildkit", "http"}},
@@ -138,9 +144,14 @@ func TestCompletion_OfEveryShell(t *testing.T) {
 }
 
 // commands are all of archfarm's own.
-func commands() []*cobra.Command {
-	root := newRoot(nil)
-	return append(root.Commands(), root)
+func commands() []*cobra.Command { return under(newRoot(nil)) }
+
+func under(cmd *cobra.Command) []*cobra.Command {
+	all := []*cobra.Command{cmd}
+	for _, sub := range cmd.Commands() {
+		all = append(all, under(sub)...)
+	}
+	return all
 }
 
 func TestHelp_HasExamplesThatWork(t *testing.T) {

@@ -12,9 +12,10 @@ import (
 // newClient has what concerns clients, seen from the farm.
 func newClient() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "client",
-		Short: "Manage the clients' certificates",
-		Args:  cobra.ArbitraryArgs, // RunE tells what it does not know
+		Use:     "client",
+		Short:   "Manage the clients' certificates",
+		Example: `  archfarm client revoke ci`,
+		Args:    cobra.ArbitraryArgs, // RunE tells what it does not know
 	}
 	cmd.RunE = group(cmd)
 	cmd.AddCommand(newRevoke("client", archfarmv1.CreateTokenRequest_KIND_CLIENT))
@@ -40,7 +41,7 @@ at fails. Tokens that exist are no good for the name any more; a new one is.`, k
 				if err != nil {
 					return err
 				}
-				fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %d certificates were good until now\n", kind, args[0], answer.GetRevoked())
+				fmt.Fprintf(cmd.OutOrStdout(), "%s %s: revoked, certificates that were good until now: %d\n", kind, args[0], answer.GetRevoked())
 				return nil
 			})
 		},

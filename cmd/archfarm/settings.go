@@ -221,9 +221,15 @@ func addresses(flag string, values []string) ([]address.Address, error) {
 // from a file named by --gossip-key-file. Nil without an error: none was given.
 func gossipKey(cmd *cobra.Command) ([]byte, error) {
 	text, _ := cmd.Flags().GetString("gossip-key")
-	if path, _ := cmd.Flags().GetString("gossip-key-file"); path != "" {
+	path, _ := cmd.Flags().GetString("gossip-key-file")
+	return readGossipKey(text, path)
+}
+
+// readGossipKey decodes a key that is given as text or in a file.
+func readGossipKey(text, path string) ([]byte, error) {
+	if path != "" {
 		if text != "" {
-			return nil, usageError{errors.New("the gossip key is given twice: use either --gossip-key or --gossip-key-file")}
+			return nil, usageError{errors.New("the gossip key is given twice: name it or its file, not both")}
 		}
 		data, err := readFile(path, maxKeyFile)
 		if err != nil {

@@ -24,7 +24,9 @@ func newToken() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "token",
 		Short: "Make and manage the tokens that workers and clients join with",
-		Args:  cobra.ArbitraryArgs, // RunE tells what it does not know
+		Example: `  archfarm token create --worker --pool office
+  archfarm token list`,
+		Args: cobra.ArbitraryArgs, // RunE tells what it does not know
 	}
 	cmd.RunE = group(cmd)
 	cmd.AddCommand(newTokenCreate(), newTokenList(), newTokenDelete())
@@ -137,7 +139,9 @@ func newTokenList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the tokens that are still good, without their secrets",
-		Args:  noArgs,
+		Example: `  archfarm token list
+  archfarm token list --output json`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			output, err := outputOf(cmd)
 			if err != nil {
@@ -202,9 +206,10 @@ func orDash(s string) string {
 
 func newTokenDelete() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "delete ID",
-		Short: "Make a token worthless; what has joined with it stays",
-		Args:  oneArg("the token's id, as archfarm token list shows it"),
+		Use:     "delete ID",
+		Short:   "Make a token worthless; what has joined with it stays",
+		Example: `  archfarm token delete 8d6cc5b7f84c6e88`,
+		Args:    oneArg("the token's id, as archfarm token list shows it"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return withAuthority(cmd, "deleting the token", func(ctx context.Context, authority archfarmv1.AuthorityServiceClient) error {
 				_, err := authority.DeleteToken(ctx, &archfarmv1.DeleteTokenRequest{Id: args[0]})

@@ -165,7 +165,7 @@ func (f *farm) worker(i int, config, door string) error {
 	if err := f.process(f.buildkitd, args...); err != nil {
 		return err
 	}
-	agent := []string{"worker", "--name", "worker-" + strconv.Itoa(i), "--buildkit", socket, "--coordinator", "unix://" + door, "--slots", slots(), "--worker-drain-timeout=1s"}
+	agent := []string{"worker", "--name", "worker-" + strconv.Itoa(i), "--buildkit", socket, "--coordinator", "unix://" + door, "--slots", slots(), "--worker-drain-timeout=1s", "--data-dir", filepath.Join(dir, "agent")}
 	if i > 0 {
 		agent = append(agent, "--platform", "linux/arm64")
 	}

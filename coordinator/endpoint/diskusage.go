@@ -44,7 +44,7 @@ type asked struct {
 // says why: the others' records are worth having, but not to be taken for all. It is
 // an error when no worker answers, or when a filter names none that is attached.
 func (c *Control) DiskUsage(ctx context.Context, req *controlapi.DiskUsageRequest) (*controlapi.DiskUsageResponse, error) {
-	workers, err := c.askedBy("diskusage", req.GetFilter())
+	workers, err := c.askedBy(ctx, "diskusage", req.GetFilter())
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +81,7 @@ func (c *Control) DiskUsage(ctx context.Context, req *controlapi.DiskUsageReques
 // DiskUsage shows them. A worker that fails does not stop the others; the call ends
 // with the error after the last of them, since who prunes must learn of what is left.
 func (c *Control) Prune(req *controlapi.PruneRequest, stream controlapi.Control_PruneServer) error {
-	workers, err := c.askedBy("prune", req.GetFilter())
+	workers, err := c.askedBy(stream.Context(), "prune", req.GetFilter())
 	if err != nil {
 		return err
 	}
@@ -100,14 +100,15 @@ func (c *Control) Prune(req *controlapi.PruneRequest, stream controlapi.Control_
 	return together("not every worker is pruned", workers, errs)
 }
 
-// askedBy returns the workers that a call with that filter goes to, by name.
-func (c *Control) askedBy(what string, list []string) ([]asked, error) {
+// askedBy returns the workers that a call with that filter goes to, by name, of
+// those that the caller may use.
+func (c *Control) askedBy(ctx context.Context, what string, list []string) ([]asked, error) {
 	filter, err := parseRecordFilter(what, list)
 	if err != nil {
 		return nil, err
 	}
 	var out []asked
-	workers := c.Farm.Fleet.Workers()
+	workers := c.usable(ctx)
 	names := make([]string, 0, len(workers))
 	for _, w := range workers {
 		names = append(names, w.Name)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/identity"
 )
 
 const (
@@ -38,7 +39,7 @@ func (c *Control) ListWorkers(ctx context.Context, req *controlapi.ListWorkersRe
 	if err != nil {
 		return nil, err
 	}
-	workers := c.workers()
+	workers := c.workers(ctx)
 	records := make([]*apitypes.WorkerRecord, len(workers))
 	var asking sync.WaitGroup
 	for i, w := range workers {
@@ -47,7 +48,7 @@ func (c *Control) ListWorkers(ctx context.Context, req *controlapi.ListWorkersRe
 	asking.Wait()
 	if len(records) == 0 {
 		records = append(records, &apitypes.WorkerRecord{
-			ID: noWorkers, Platforms: pb.PlatformsFromSpec([]ocispecs.Platform{platforms.Normalize(c.Farm.DefaultPlatform())}),
+			ID: noWorkers, Platforms: pb.PlatformsFromSpec([]ocispecs.Platform{platforms.Normalize(c.Farm.DefaultPlatform(identity.FromContext(ctx).Pools...))}),
 			BuildkitVersion: version(),
 		})
 	}
@@ -59,7 +60,7 @@ func (c *Control) ListWorkers(ctx context.Context, req *controlapi.ListWorkersRe
 // Info tells the version of BuildKit that builds run with by default: that of the
 // first worker, or that of the coordinator's BuildKit packages while there is none.
 func (c *Control) Info(ctx context.Context, _ *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
-	if workers := c.workers(); len(workers) > 0 {
+	if workers := c.workers(ctx); len(workers) > 0 {
 		if v := c.facts.of(ctx, workers[0]).version; v != nil {
 			return &controlapi.InfoResponse{BuildkitVersion: v}, nil
 		}
@@ -67,9 +68,15 @@ func (c *Control) Info(ctx context.Context, _ *controlapi.InfoRequest) (*control
 	return &controlapi.InfoResponse{BuildkitVersion: version()}, nil
 }
 
-// workers returns the attached workers, those of the default platform first.
-func (c *Control) workers() []*fleet.Worker {
-	usual, workers := c.Farm.DefaultPlatform(), c.Farm.Fleet.Workers()
+// usable returns the attached workers whose pools the caller may use, by name.
+func (c *Control) usable(ctx context.Context) []*fleet.Worker {
+	who := identity.FromContext(ctx)
+	return slices.DeleteFunc(c.Farm.Fleet.Workers(), func(w *fleet.Worker) bool { return !who.MayUse(w.Pool) })
+}
+
+// workers returns the same, those of the default platform first.
+func (c *Control) workers(ctx context.Context) []*fleet.Worker {
+	usual, workers := c.Farm.DefaultPlatform(identity.FromContext(ctx).Pools...), c.usable(ctx)
 	rank := func(w *fleet.Worker) int {
 		if schedule.Runs(w.Platforms, usual) {
 			return 0
@@ -87,7 +94,8 @@ func describe(w *fleet.Worker, daemon fact) *apitypes.WorkerRecord {
 		GCPolicy: daemon.record.GetGCPolicy(), CDIDevices: daemon.record.GetCDIDevices(), BuildkitVersion: daemon.record.GetBuildkitVersion(),
 	}
 	maps.Copy(record.Labels, daemon.record.GetLabels())
-	record.Labels["archfarm.worker"], record.Labels["archfarm.machine"] = w.Name, w.Machine
+	maps.Copy(record.Labels, w.Labels)
+	record.Labels["archfarm.worker"], record.Labels["archfarm.machine"], record.Labels["archfarm.pool"] = w.Name, w.Machine, w.Pool
 	if record.BuildkitVersion == nil {
 		record.BuildkitVersion = &apitypes.BuildkitVersion{Package: buildkitPackage, Version: w.BuildKitVersion}
 	}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/identity"
 )
 
 // Conn is a connection to one worker's BuildKit.
@@ -150,32 +151,48 @@ func (f *Fleet) drop(c *Conn) {
 	}
 }
 
+// dialing is a connection that an agent was asked for.
+type dialing struct {
+	worker *Worker
+	back   chan net.Conn
+}
+
 // Accept takes a connection that an agent dialed back. One that nobody waits
-// for is closed: its id was guessed, or came too late.
+// for is closed: its id was guessed, or came too late. So is one from somebody else
+// than the agent that was asked; who that is, a connection with a method Identity
+// tells, and any other is local.
 func (f *Fleet) Accept(id string, conn net.Conn) {
-	if !f.deliver(id, conn) {
-		f.log.Warn("connection dialed back that nobody asked for", "peer", conn.RemoteAddr().String())
+	who := identity.Identity{}
+	if c, ok := conn.(interface{ Identity() identity.Identity }); ok {
+		who = c.Identity()
+	}
+	if why := f.deliver(id, who, conn); why != "" {
+		f.log.Warn("connection dialed back is refused", "reason", why, "peer", conn.RemoteAddr().String(), "as", who.String())
 		_ = conn.Close()
 	}
 }
 
 // deliver hands the connection over under the lock: once forget has it, nothing comes any more.
-func (f *Fleet) deliver(id string, conn net.Conn) bool {
+func (f *Fleet) deliver(id string, who identity.Identity, conn net.Conn) (refused string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	waiting, ok := f.pending[id]
-	if ok {
-		delete(f.pending, id)
-		waiting <- conn // has room for one
+	asked, ok := f.pending[id]
+	switch {
+	case !ok:
+		return "nobody asked for it"
+	case asked.worker.who.Kind != who.Kind || asked.worker.who.Name != who.Name:
+		return "worker " + asked.worker.Name + " was asked for it, as " + asked.worker.who.String()
 	}
-	return ok
+	delete(f.pending, id)
+	asked.back <- conn // has room for one
+	return ""
 }
 
-func (f *Fleet) expect() (string, chan net.Conn) {
+func (f *Fleet) expect(w *Worker) (string, chan net.Conn) {
 	id, back := rand.Text(), make(chan net.Conn, 1)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.pending[id] = back
+	f.pending[id] = &dialing{worker: w, back: back}
 	return id, back
 }
 

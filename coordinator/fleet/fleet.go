@@ -10,18 +10,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"slices"
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 
-	"github.com/containerd/platforms"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
@@ -29,14 +24,9 @@ import (
 const (
 	// heartbeat is how often an idle agent reports; three missed reports are a
 	// lost worker, hence one is noticed within 10 s.
-	heartbeat     = 3 * time.Second
-	lostAfter     = 3 * heartbeat
-	openTimeout   = 10 * time.Second
-	maxPlatforms  = 64
-	maxNameLength = 128
-	maxSlots      = 1024
-	// maxText bounds what an agent may say in words: versions, reasons, refusals.
-	maxText = 512
+	heartbeat   = 3 * time.Second
+	lostAfter   = 3 * heartbeat
+	openTimeout = 10 * time.Second
 	// outboxSize is how many Opens may wait to be sent; who asks for more waits.
 	outboxSize = 64
 )
@@ -44,28 +34,40 @@ const (
 // ErrNoSlot is why Dial fails when the agent has given its slots to others.
 var ErrNoSlot = errors.New("the worker has no free slot")
 
-// Fleet is the set of attached workers. It serves AgentService and FleetService.
+// Fleet is the set of attached workers. It serves AgentService and FleetService,
+// but for what only the queue knows.
 type Fleet struct {
 	archfarmv1.UnimplementedAgentServiceServer
 	archfarmv1.UnimplementedFleetServiceServer
 
+	// Reported is called, if set, instead of changed where a report has changed
+	// nothing but one worker, so that 1,000 workers' heartbeats cost no more than
+	// one each. Calls do not overlap each other's or changed's. Set it before the
+	// first worker attaches.
+	Reported func(*Worker)
+
 	log     *slog.Logger
 	changed func([]*Worker)
+	telling sync.Mutex // held around calls of changed and Reported, and taken before mu
+	keyring keyring
 
 	mu      sync.Mutex
 	workers map[string]*Worker // by name
-	pending map[string]chan net.Conn
+	list    []*Worker          // the same, in order of name; replaced, never modified
+	untold  bool               // the list is not what changed was last called with
+	pending map[string]*dialing
 	conns   map[string]map[*Conn]struct{} // open ones, by the worker's name
 	orphans map[string]*time.Timer        // of names whose agent has left; severs their conns
 	serial  uint64
 	closed  chan struct{}
 }
 
-// New returns a fleet without workers. Changed is called after every change of
-// the set, or of one worker's report, with all workers by name; calls do not overlap.
+// New returns a fleet without workers. Changed is called after changes of the set
+// (changes at the same moment are told together), and of one worker's report where
+// Reported is not set, with all workers by name; calls do not overlap.
 func New(log *slog.Logger, changed func([]*Worker)) *Fleet {
 	return &Fleet{
-		log: log, changed: changed, workers: map[string]*Worker{}, pending: map[string]chan net.Conn{},
+		log: log, changed: changed, workers: map[string]*Worker{}, pending: map[string]*dialing{},
 		conns: map[string]map[*Conn]struct{}{}, orphans: map[string]*time.Timer{}, closed: make(chan struct{}),
 	}
 }
@@ -74,11 +76,11 @@ func New(log *slog.Logger, changed func([]*Worker)) *Fleet {
 // Connections stay as they are. It must be called once.
 func (f *Fleet) Close() { close(f.closed) }
 
-// Workers returns the attached workers by name.
+// Workers returns the attached workers by name. The slice is the caller's.
 func (f *Fleet) Workers() []*Worker {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.sorted()
+	return slices.Clone(f.list)
 }
 
 // Worker returns the attached worker of that name.
@@ -89,30 +91,6 @@ func (f *Fleet) Worker(name string) (*Worker, bool) {
 	return w, ok
 }
 
-func (f *Fleet) sorted() []*Worker {
-	out := make([]*Worker, 0, len(f.workers))
-	for _, w := range f.workers {
-		out = append(out, w)
-	}
-	slices.SortFunc(out, func(a, b *Worker) int { return strings.Compare(a.Name, b.Name) })
-	return out
-}
-
-// ListWorkers implements FleetService.
-func (f *Fleet) ListWorkers(context.Context, *archfarmv1.ListWorkersRequest) (*archfarmv1.ListWorkersResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	response := &archfarmv1.ListWorkersResponse{}
-	for _, w := range f.sorted() {
-		response.Workers = append(response.Workers, &archfarmv1.Worker{
-			Name: w.Name, Platforms: w.platformNames, Slots: &archfarmv1.Slots{Total: w.report.GetSlots().GetTotal(), Used: w.report.GetSlots().GetUsed()},
-			State: w.report.GetState(), Reason: w.report.GetReason(), Version: w.Version, BuildkitVersion: w.BuildKitVersion,
-			Machine: w.Machine, Since: timestamppb.New(w.Since),
-		})
-	}
-	return response, nil
-}
-
 // Attach implements AgentService: it keeps one worker in the fleet for as long
 // as its agent's stream lasts and its reports keep coming.
 func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
@@ -120,87 +98,22 @@ func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
 	if err != nil {
 		return err
 	}
-	w, err := f.newWorker(first.GetHello(), stream)
+	w, err := f.newWorker(stream.Context(), first.GetHello())
 	if err != nil {
 		return err
 	}
+	defer f.keyring.forget(w)
 	if err := stream.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Welcome{
-		Welcome: &archfarmv1.Welcome{HeartbeatSeconds: uint32(heartbeat / time.Second)},
+		Welcome: &archfarmv1.Welcome{HeartbeatSeconds: uint32(heartbeat / time.Second), GossipKeyring: f.keyring.hand(stream.Context(), w)},
 	}}); err != nil {
 		return err
 	}
 	f.add(w)
-	f.log.Info("worker attached", "worker", w.Name, "platforms", w.platformNames, "slots", w.report.GetSlots().GetTotal(), "version", w.Version, "buildkit", w.BuildKitVersion)
+	f.log.Info("worker attached", "worker", w.Name, "pool", w.Pool, "as", w.who.String(), "platforms", w.platformNames, "slots", w.Report().GetSlots().GetTotal(), "version", w.Version, "buildkit", w.BuildKitVersion)
 	err = f.serve(w, stream)
 	f.remove(w)
 	f.log.Info("worker detached", "worker", w.Name, "reason", err)
 	return err
-}
-
-// newWorker checks what an agent says of itself.
-func (f *Fleet) newWorker(hello *archfarmv1.Hello, stream archfarmv1.AgentService_AttachServer) (*Worker, error) {
-	if hello == nil {
-		return nil, status.Error(codes.InvalidArgument, "attaching a worker: the first message must be Hello")
-	}
-	if err := checkName(hello.GetName()); err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "attaching a worker: %v", err)
-	}
-	if n := len(hello.GetPlatforms()); n == 0 || n > maxPlatforms {
-		return nil, status.Errorf(codes.InvalidArgument, "attaching worker %s: %d platforms, want 1 to %d", hello.GetName(), n, maxPlatforms)
-	}
-	report, err := checkReport(hello.GetReport())
-	if err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "attaching worker %s: %v", hello.GetName(), err)
-	}
-	w := &Worker{
-		Name: hello.GetName(), Version: text(hello.GetVersion()), BuildKitVersion: text(hello.GetBuildkitVersion()), Machine: text(hello.GetMachine()),
-		Since: time.Now(), fleet: f, report: report, reported: time.Now(), outbox: make(chan *archfarmv1.AttachResponse, outboxSize), gone: make(chan struct{}),
-	}
-	for _, name := range hello.GetPlatforms() {
-		p, err := platforms.Parse(name)
-		if err != nil {
-			return nil, status.Errorf(codes.InvalidArgument, "attaching worker %s: platform %q: %v", w.Name, name, err)
-		}
-		p = platforms.Normalize(p)
-		w.Platforms = append(w.Platforms, p)
-		w.platformNames = append(w.platformNames, platforms.FormatAll(p))
-	}
-	if p, ok := peer.FromContext(stream.Context()); ok {
-		w.Address = p.Addr.String()
-	}
-	return w, nil
-}
-
-func checkName(name string) error {
-	if name == "" || len(name) > maxNameLength {
-		return fmt.Errorf("the name must have 1 to %d characters", maxNameLength)
-	}
-	for _, r := range name {
-		if r <= ' ' || r > '~' {
-			return fmt.Errorf("the name %q has characters other than visible ASCII", name)
-		}
-	}
-	return nil
-}
-
-// checkReport bounds what an agent says of the present.
-func checkReport(r *archfarmv1.Report) (*archfarmv1.Report, error) {
-	slots := r.GetSlots()
-	if slots.GetTotal() > maxSlots || slots.GetUsed() > maxSlots {
-		return nil, fmt.Errorf("%d of %d slots used, at most %d are possible", slots.GetUsed(), slots.GetTotal(), maxSlots)
-	}
-	return &archfarmv1.Report{Slots: slots, State: r.GetState(), Reason: text(r.GetReason())}, nil
-}
-
-// text makes an agent's words fit for errors, logs and tables.
-func text(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return ' '
-	}, s[:min(len(s), maxText)])
-	return strings.TrimSpace(s)
 }
 
 // serve handles one agent's messages and sends the coordinator's, until the
@@ -229,8 +142,8 @@ func (f *Fleet) serve(w *Worker, stream archfarmv1.AgentService_AttachServer) er
 				return nil
 			}
 			return err
-		case <-w.gone: // replaced by a newer stream of the same name
-			return status.Errorf(codes.Aborted, "another agent attached as %s: worker names must be unique", w.Name)
+		case <-w.gone: // replaced by a newer stream of the same name, or evicted
+			return w.farewell
 		case <-f.closed:
 			return status.Error(codes.Unavailable, "this coordinator is stopping")
 		case <-silence.C:
@@ -272,23 +185,48 @@ func send(stream archfarmv1.AgentService_AttachServer, outbox <-chan *archfarmv1
 func (f *Fleet) handle(w *Worker, m *archfarmv1.AttachRequest) error {
 	switch m := m.GetMessage().(type) {
 	case *archfarmv1.AttachRequest_Report:
-		report, err := checkReport(m.Report)
+		now, err := checkReport(m.Report, w.now.Load())
 		if err != nil {
 			return status.Errorf(codes.InvalidArgument, "reading the report of worker %s: %v", w.Name, err)
 		}
-		f.mu.Lock()
-		w.report, w.reported = report, time.Now()
-		f.notify()
+		w.now.Store(now)
+		f.reported(w)
 	case *archfarmv1.AttachRequest_Refused:
 		w.refuse(m.Refused)
+	case *archfarmv1.AttachRequest_Done:
+		w.done(m.Done)
 	}
 	return nil
 }
 
-// notify calls changed with the set as it is, in order; it unlocks.
-func (f *Fleet) notify() {
-	defer f.mu.Unlock()
-	f.changed(f.sorted())
+// reported tells of one worker's report.
+func (f *Fleet) reported(w *Worker) {
+	if f.Reported == nil {
+		f.mu.Lock()
+		f.untold = true
+		f.mu.Unlock()
+		f.tell()
+		return
+	}
+	f.telling.Lock()
+	defer f.telling.Unlock()
+	if now, attached := f.Worker(w.Name); attached && now == w {
+		f.Reported(w)
+	}
+}
+
+// tell returns once changed knows the set as it is now. Of those who come while it
+// is being called, one calls it again for all.
+func (f *Fleet) tell() {
+	f.telling.Lock()
+	defer f.telling.Unlock()
+	f.mu.Lock()
+	untold, all := f.untold, slices.Clone(f.list)
+	f.untold = false
+	f.mu.Unlock()
+	if untold {
+		f.changed(all)
+	}
 }
 
 func (f *Fleet) add(w *Worker) {
@@ -296,25 +234,63 @@ func (f *Fleet) add(w *Worker) {
 	f.serial++
 	w.id = fmt.Sprintf("%s#%d", w.Name, f.serial)
 	if old, ok := f.workers[w.Name]; ok {
-		old.leave()
+		old.leave(status.Errorf(codes.Aborted, "another agent attached as %s: worker names must be unique", w.Name))
 	}
 	if timer, ok := f.orphans[w.Name]; ok { // it is back: its heartbeats vouch for what is open, too
 		timer.Stop()
 		delete(f.orphans, w.Name)
 	}
 	f.workers[w.Name] = w
-	f.notify()
+	f.relist(w.Name)
+	f.mu.Unlock()
+	f.tell()
+}
+
+// relist makes the list agree with the map about one name. f.mu is held.
+func (f *Fleet) relist(name string) {
+	at, listed := slices.BinarySearchFunc(f.list, name, func(w *Worker, name string) int { return strings.Compare(w.Name, name) })
+	after := at
+	if listed {
+		after++
+	}
+	next := make([]*Worker, 0, len(f.list)+1)
+	next = append(next, f.list[:at]...)
+	if w, ok := f.workers[name]; ok {
+		next = append(next, w)
+	}
+	f.list, f.untold = append(next, f.list[after:]...), true
 }
 
 // remove lets go of a worker. Its connections may outlive its agent's stream,
 // but not for longer than an agent may be silent.
 func (f *Fleet) remove(w *Worker) {
-	w.leave()
+	w.leave(nil)
 	w.closeControl()
 	f.mu.Lock()
 	if f.workers[w.Name] == w {
 		delete(f.workers, w.Name)
+		f.relist(w.Name)
 		f.orphans[w.Name] = time.AfterFunc(lostAfter, func() { f.disown(w.Name) })
 	}
-	f.notify()
+	f.mu.Unlock()
+	f.tell()
+}
+
+// Evict ends the agent's stream of the worker of that name, if it is attached, and
+// every connection to its BuildKit, at once. The agent is told the cause, with
+// PermissionDenied: the certificate by which it came is not good any more.
+func (f *Fleet) Evict(name string, cause error) {
+	f.mu.Lock()
+	if w, ok := f.workers[name]; ok {
+		w.leave(status.Errorf(codes.PermissionDenied, "worker %s may not stay: %v", name, cause))
+		delete(f.workers, name)
+		f.relist(name)
+	}
+	if timer, ok := f.orphans[name]; ok {
+		timer.Stop()
+		delete(f.orphans, name)
+	}
+	f.mu.Unlock()
+	f.sever(name, cause)
+	f.tell()
 }

@@ -2,6 +2,7 @@ package fleet_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"net"
@@ -14,9 +15,11 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/archfarm/archfarm/coordinator/fleet"
+	"github.com/archfarm/archfarm/identity"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
@@ -31,6 +34,7 @@ const (
 type farm struct {
 	*fleet.Fleet
 	door *bufconn.Listener
+	as   identity.Identity // of those who dial from now on
 
 	mu      sync.Mutex
 	inside  int          // calls of changed at this moment
@@ -51,19 +55,52 @@ func bubble(t *testing.T, test func(t *testing.T, f *farm)) {
 	synctest.Test(t, func(t *testing.T) { test(t, newFarm(t)) })
 }
 
-func newFarm(t *testing.T) *farm {
+func newFarm(t testing.TB) *farm {
 	t.Helper()
 	f := &farm{door: bufconn.Listen(1 << 16)}
 	f.Fleet = fleet.New(slog.New(slog.DiscardHandler), f.changed)
-	server := grpc.NewServer(grpc.WaitForHandlers(true))
+	server := grpc.NewServer(grpc.WaitForHandlers(true),
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+			return handler(introduced(ctx), req)
+		}),
+		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+			return handler(srv, visit{stream})
+		}))
 	archfarmv1.RegisterAgentServiceServer(server, f.Fleet)
 	archfarmv1.RegisterFleetServiceServer(server, f.Fleet)
 	serve(t, server, f.door)
 	return f
 }
 
+// asHeader stands for the certificate of whoever calls.
+const asHeader = "test-as"
+
+// introduced is what the coordinator's interceptors make of a call's context.
+func introduced(ctx context.Context) context.Context {
+	var who identity.Identity
+	for _, text := range metadata.ValueFromIncomingContext(ctx, asHeader) {
+		if err := json.Unmarshal([]byte(text), &who); err != nil {
+			panic(err)
+		}
+	}
+	return identity.NewContext(ctx, who)
+}
+
+type visit struct{ grpc.ServerStream }
+
+func (v visit) Context() context.Context { return introduced(v.ServerStream.Context()) }
+
+// introduce tells the server who is calling.
+func introduce(ctx context.Context, who identity.Identity) context.Context {
+	text, err := json.Marshal(who)
+	if err != nil {
+		panic(err)
+	}
+	return metadata.AppendToOutgoingContext(ctx, asHeader, string(text))
+}
+
 // serve runs a server until the test's end.
-func serve(t *testing.T, server *grpc.Server, l net.Listener) {
+func serve(t testing.TB, server *grpc.Server, l net.Listener) {
 	t.Helper()
 	var running sync.WaitGroup
 	running.Go(func() { _ = server.Serve(l) })
@@ -98,9 +135,16 @@ func (f *farm) last() []snapshot {
 	return f.seen[len(f.seen)-1]
 }
 
-func (f *farm) dial(t *testing.T) *grpc.ClientConn {
+func (f *farm) dial(t testing.TB) *grpc.ClientConn {
 	t.Helper()
+	who := f.as
 	cc, err := grpc.NewClient("passthrough:///fleet", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			return invoke(introduce(ctx, who), method, req, reply, cc, opts...)
+		}),
+		grpc.WithStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			return open(introduce(ctx, who), desc, cc, method, opts...)
+		}),
 		grpc.WithStaticStreamWindowSize(1<<16), // of what an agent does not read, no more is taken from the coordinator
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return f.door.DialContext(ctx) }))
 	if err != nil {
@@ -116,6 +160,7 @@ type agent struct {
 	farm   *farm
 	stream archfarmv1.AgentService_AttachClient
 	opens  chan *archfarmv1.Open
+	orders chan *archfarmv1.Directive
 	ended  chan error
 }
 
@@ -159,7 +204,7 @@ func (f *farm) enter(t *testing.T, h *archfarmv1.Hello) (*agent, *fleet.Worker) 
 	if !ok {
 		t.Fatalf("%s is not attached", h.GetName())
 	}
-	return &agent{t: t, farm: f, stream: stream, opens: make(chan *archfarmv1.Open, 100), ended: make(chan error, 1)}, w
+	return &agent{t: t, farm: f, stream: stream, opens: make(chan *archfarmv1.Open, 100), orders: make(chan *archfarmv1.Directive, 100), ended: make(chan error, 1)}, w
 }
 
 func (f *farm) attach(t *testing.T, name string) (*agent, *fleet.Worker) {
@@ -176,8 +221,18 @@ func (a *agent) listen() {
 			a.ended <- err
 			return
 		}
-		a.opens <- m.GetOpen()
+		if open := m.GetOpen(); open != nil {
+			a.opens <- open
+		}
+		if order := m.GetDirective(); order != nil {
+			a.orders <- order
+		}
 	}
+}
+
+func (a *agent) done(id, why string) {
+	a.t.Helper()
+	a.send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Done{Done: &archfarmv1.Done{DirectiveId: id, Error: why}}})
 }
 
 func (a *agent) send(m *archfarmv1.AttachRequest) {
@@ -325,6 +380,11 @@ type pending struct {
 	conn *fleet.Conn
 	err  error
 	done chan struct{}
+}
+
+// attempt is a call of which only the error matters.
+func attempt(ctx context.Context, f func(context.Context) error) *pending {
+	return begin(ctx, func(ctx context.Context) (*fleet.Conn, error) { return nil, f(ctx) })
 }
 
 func begin(ctx context.Context, f func(context.Context) (*fleet.Conn, error)) *pending {

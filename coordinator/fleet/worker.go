@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/defaults"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/identity"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
@@ -27,37 +29,56 @@ type Worker struct {
 	Version         string              // of the agent
 	BuildKitVersion string
 	Machine         string
-	Address         string // the agent's end of the stream
+	Pool            string            // that of its certificate, where it has one
+	Labels          map[string]string // not modified
+	Address         string            // the agent's end of the stream
 	Since           time.Time
 
 	id            string
 	platformNames []string
+	who           identity.Identity
 	fleet         *Fleet
 	outbox        chan *archfarmv1.AttachResponse
 	gone          chan struct{}
 	leaveOnce     sync.Once
-	report        *archfarmv1.Report // guarded by fleet.mu
-	reported      time.Time          // likewise
+	farewell      error // what its agent is told when the fleet ended its stay; set before gone is closed
+	now           atomic.Pointer[present]
+
+	refusals   answers // of Opens
+	directives answers
 
 	mu      sync.Mutex
-	asked   map[string]chan<- error // Opens not answered yet, by connection id
-	control *Conn                   // shared, for calls that belong to no attempt
+	control *Conn // shared, for calls that belong to no attempt
 }
 
 // ID is unique to this stay of the worker in the fleet.
 func (w *Worker) ID() string { return w.id }
 
-// Report returns the worker's slots and state as its agent last told. Only the
-// fleet's changed callback may call it: it runs under the fleet's lock.
-func (w *Worker) Report() *archfarmv1.Report { return w.report }
+// Report returns the worker's slots, state and load as its agent last told, bounded
+// and checked. It is not to be modified.
+func (w *Worker) Report() *archfarmv1.Report { return w.now.Load().report }
 
-// Reported is when that report arrived; for the same callers.
-func (w *Worker) Reported() time.Time { return w.reported }
+// Reported is when that report arrived.
+func (w *Worker) Reported() time.Time { return w.now.Load().at }
+
+// Emulated returns the platforms that the machine can only emulate, normalised, as
+// last reported. The slice is not to be modified, and the same until they change.
+func (w *Worker) Emulated() []ocispecs.Platform { return w.now.Load().emulated }
+
+// Load returns how busy the machine is, as last reported: shares within 0 to 1, and
+// no more free than there is; nil where the agent does not tell.
+func (w *Worker) Load() *archfarmv1.Load { return w.now.Load().report.GetLoad() }
 
 // Gone is closed when the worker's agent has left the fleet.
 func (w *Worker) Gone() <-chan struct{} { return w.gone }
 
-func (w *Worker) leave() { w.leaveOnce.Do(func() { close(w.gone) }) }
+// leave ends the worker's stay; the agent is told why unless it has gone itself.
+func (w *Worker) leave(why error) {
+	w.leaveOnce.Do(func() {
+		w.farewell = why
+		close(w.gone)
+	})
+}
 
 // Dial opens a connection to the worker's BuildKit that takes no slot.
 func (w *Worker) Dial(ctx context.Context) (*Conn, error) { return w.dial(ctx, false) }
@@ -154,10 +175,10 @@ func (w *Worker) dial(ctx context.Context, takesSlot bool) (*Conn, error) {
 
 // open asks the agent for a connection and waits for it to come back.
 func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
-	id, back := w.fleet.expect()
+	id, back := w.fleet.expect(w)
 	defer w.fleet.forget(id, back)
-	refused := w.expectRefusal(id)
-	defer w.forgetRefusal(id)
+	refused := w.refusals.expect(id)
+	defer w.refusals.forget(id)
 
 	ctx, cancel := context.WithTimeoutCause(ctx, openTimeout,
 		status.Errorf(codes.Unavailable, "worker %s opened no connection within %s", w.Name, openTimeout))
@@ -184,35 +205,10 @@ func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
 	}
 }
 
-func (w *Worker) expectRefusal(id string) <-chan error {
-	refused := make(chan error, 1)
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.asked == nil {
-		w.asked = map[string]chan<- error{}
-	}
-	w.asked[id] = refused
-	return refused
-}
-
-func (w *Worker) forgetRefusal(id string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.asked, id)
-}
-
 func (w *Worker) refuse(r *archfarmv1.Refused) {
-	w.mu.Lock()
-	refused, ok := w.asked[r.GetConnectionId()]
-	delete(w.asked, r.GetConnectionId())
-	w.mu.Unlock()
-	if !ok {
-		return
+	why := ErrNoSlot
+	if c := r.GetCause(); c != archfarmv1.Refused_CAUSE_NO_SLOT && c != archfarmv1.Refused_CAUSE_DRAINING {
+		why = status.Errorf(codes.Unavailable, "worker %s: %s", w.Name, text(r.GetMessage()))
 	}
-	switch r.GetCause() {
-	case archfarmv1.Refused_CAUSE_NO_SLOT, archfarmv1.Refused_CAUSE_DRAINING:
-		refused <- ErrNoSlot
-	default:
-		refused <- status.Errorf(codes.Unavailable, "worker %s: %s", w.Name, text(r.GetMessage()))
-	}
+	w.refusals.give(r.GetConnectionId(), why)
 }

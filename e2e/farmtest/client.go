@@ -28,6 +28,18 @@ type Login struct{ Host, User, Password string }
 // NewClient sets up docker buildx (buildx alone where there is no docker) for the BuildKit endpoint at addr.
 func NewClient(t T, tools Tools, addr string, logins ...Login) *Client {
 	t.Helper()
+	return newClient(t, tools, []string{addr}, logins)
+}
+
+// NewClientOf is NewClient for a builder that needs options, such as a certificate: create are the last arguments of
+// docker buildx create.
+func NewClientOf(t T, tools Tools, create ...string) *Client {
+	t.Helper()
+	return newClient(t, tools, create, nil)
+}
+
+func newClient(t T, tools Tools, create []string, logins []Login) *Client {
+	t.Helper()
 	dir := Folder(t)
 	auths := map[string]any{}
 	for _, login := range logins {
@@ -55,8 +67,8 @@ func NewClient(t T, tools Tools, addr string, logins ...Login) *Client {
 		}
 		c.path, c.before = tools.Docker, []string{"buildx"}
 	}
-	if result := c.Run(t, "create", "--name", "farm", "--driver", "remote", "--use", addr); result.Code != 0 {
-		t.Fatalf("creating a builder for %s: exit code %d:\n%s", addr, result.Code, result.Output)
+	if result := c.Run(t, append([]string{"create", "--name", "farm", "--driver", "remote", "--use"}, create...)...); result.Code != 0 {
+		t.Fatalf("creating a builder for %s: exit code %d:\n%s", create, result.Code, result.Output)
 	}
 	return c
 }

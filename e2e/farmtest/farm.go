@@ -39,12 +39,17 @@ type WorkerSpec struct {
 	Dials     bool     // told of the coordinator, instead of finding it by gossip
 	TCP       bool     // its buildkitd listens on TCP, as in a virtual machine
 	Args      []string // further arguments of its agent
+	Behind    *Network // the network that its agent is in; nil: this machine's
+	Pool      string   // of its certificate, where the farm is a secured one
 }
 
 // FarmOptions describe a farm.
 type FarmOptions struct {
 	Workers         []WorkerSpec
 	CoordinatorArgs []string
+	// Host is the address of this machine that the coordinator listens on, instead of loopback: then everybody needs a
+	// certificate, its workers join with tokens, and Client is none (Secured makes one).
+	Host string
 }
 
 // Farm is a running coordinator with its workers.
@@ -54,7 +59,10 @@ type Farm struct {
 	Gossip      string // host:port
 	HTTP        string // http://host:port
 	Workers     []*FarmWorker
+	Admin       string // unix://…, to administer it by
 	tools       Tools
+	secured     bool
+	args        []string // of the coordinator
 }
 
 // FarmWorker is a buildkitd with the agent beside it.
@@ -62,17 +70,21 @@ type FarmWorker struct {
 	WorkerSpec
 	Buildkitd *Buildkitd
 	Agent     *Process
+	DataDir   string // of the agent
 }
 
 // WorkerStatus is one element of what archfarm workers --output json prints.
 type WorkerStatus struct {
 	Name      string   `json:"name"`
 	Platforms []string `json:"platforms"`
+	Emulated  []string `json:"emulated"`
 	Slots     struct {
 		Total int `json:"total"`
 		Used  int `json:"used"`
 	} `json:"slots"`
+	Pool    string    `json:"pool"`
 	State   string    `json:"state"`
+	Reason  string    `json:"reason"`
 	Version string    `json:"version"`
 	Since   time.Time `json:"since"`
 }
@@ -90,11 +102,15 @@ func StartDirect(t T, tools Tools) *Endpoint {
 // StartFarm starts a coordinator and its workers, and returns when every worker is ready.
 func StartFarm(t T, tools Tools, options FarmOptions) *Farm {
 	t.Helper()
-	listen, web, gossip := freePort(t), freePort(t), freePort(t)
-	f := &Farm{tools: tools, Gossip: gossip, HTTP: "http://" + web}
-	args := []string{"coordinator", "--listen", listen, "--http", web, "--gossip", gossip, "--data-dir", Folder(t)}
-	f.Coordinator = StartProcess(t, Spec{Name: "coordinator", Path: tools.Archfarm, Args: append(args, options.CoordinatorArgs...)})
-	f.Addr, f.parts = "tcp://"+listen, []*Process{f.Coordinator}
+	listen, web, gossip, dir := freePort(t), freePort(t), freePort(t), Folder(t)
+	f := &Farm{tools: tools, Gossip: gossip, HTTP: "http://" + web, Admin: "unix://" + filepath.Join(dir, "admin.sock")}
+	if options.Host != "" {
+		listen, f.secured = strings.Replace(listen, "127.0.0.1", options.Host, 1), true
+	}
+	args := []string{"coordinator", "--listen", listen, "--http", web, "--gossip", gossip, "--data-dir", dir}
+	f.args = append(args, options.CoordinatorArgs...)
+	f.Addr = "tcp://" + listen
+	f.startCoordinator(t)
 	for _, spec := range options.Workers {
 		f.AddWorker(t, spec)
 	}
@@ -107,9 +123,82 @@ func StartFarm(t T, tools Tools, options FarmOptions) *Farm {
 		}
 		return ready == len(options.Workers)
 	})
-	f.Client = NewClient(t, tools, f.Addr)
 	f.Farm = f
+	if !f.secured {
+		f.Client = NewClient(t, tools, f.Addr)
+	}
 	return f
+}
+
+func (f *Farm) startCoordinator(t T) {
+	t.Helper()
+	f.Coordinator = StartProcess(t, Spec{Name: "coordinator", Path: f.tools.Archfarm, Args: f.args})
+	f.parts = append(f.parts, f.Coordinator)
+}
+
+// RestartCoordinator stops the coordinator, and starts it anew with the same folder.
+func (f *Farm) RestartCoordinator(t T) {
+	t.Helper()
+	f.Coordinator.Stop(t)
+	f.startCoordinator(t)
+}
+
+// Token makes a join token: args are those of archfarm token create.
+func (f *Farm) Token(t T, args ...string) string {
+	t.Helper()
+	result := f.manage(t, append([]string{"token", "create", "--output", "json"}, args...)...)
+	var made struct {
+		Token string `json:"token"`
+	}
+	if err := json.Unmarshal([]byte(result.Output), &made); err != nil || made.Token == "" {
+		t.Fatalf("archfarm token create %s: exit code %d: %v:\n%s", args, result.Code, err, result.Output)
+	}
+	return made.Token
+}
+
+// Secured joins the farm as a client, and returns a buildx that uses the certificate. Args are those of archfarm token
+// create --client.
+func (f *Farm) Secured(t T, args ...string) (client *Client, dir string) {
+	t.Helper()
+	dir = filepath.Join(Folder(t), "certificate")
+	addr := strings.TrimPrefix(f.Addr, "tcp://")
+	result := Command(t, f.tools.Archfarm, "client-cert", "--farm", addr, "--dir", dir, "--token", f.Token(t, append([]string{"--client"}, args...)...))
+	if result.Code != 0 {
+		t.Fatalf("archfarm client-cert: exit code %d:\n%s", result.Code, result.Output)
+	}
+	// The line that it prints is what people copy.
+	_, line, found := strings.Cut(result.Output, "docker buildx create ")
+	if !found {
+		t.Fatalf("archfarm client-cert prints no docker buildx create:\n%s", result.Output)
+	}
+	line, _, _ = strings.Cut(line, "\n")
+	options := slices.DeleteFunc(strings.Fields(line), func(s string) bool { return s == "--use" })
+	if i := slices.Index(options, "--driver-opt"); i >= 0 {
+		return NewClientOf(t, f.tools, "--driver-opt", options[i+1], f.Addr), dir
+	}
+	t.Fatalf("archfarm client-cert prints no --driver-opt: %s", line)
+	return nil, ""
+}
+
+// Manage runs an archfarm command through the coordinator's own socket, and fails the test unless that succeeds.
+func (f *Farm) Manage(t T, args ...string) Result {
+	t.Helper()
+	result := f.manage(t, args...)
+	if result.Code != 0 {
+		t.Fatalf("archfarm %s: exit code %d:\n%s", strings.Join(args, " "), result.Code, result.Output)
+	}
+	return result
+}
+
+func (f *Farm) manage(t T, args ...string) Result {
+	t.Helper()
+	return Command(t, f.tools.Archfarm, append(args, "--farm", f.Admin)...)
+}
+
+// Command runs a program to its end.
+func Command(t T, path string, args ...string) Result {
+	t.Helper()
+	return finish(t, StartProcess(t, Spec{Name: filepath.Base(path) + " " + args[0], Path: path, Args: args, Keep: true}))
 }
 
 // StartUp runs archfarm up, a whole farm in one process with a buildkitd of its own, and returns when its worker is
@@ -141,7 +230,15 @@ func (f *Farm) AddWorker(t T, spec WorkerSpec) *FarmWorker {
 	if spec.TCP {
 		start = StartBuildkitdTCP
 	}
-	w := &FarmWorker{WorkerSpec: spec, Buildkitd: start(t, f.tools, spec.Name)}
+	w := &FarmWorker{WorkerSpec: spec, Buildkitd: start(t, f.tools, spec.Name), DataDir: Folder(t)}
+	if f.secured {
+		token := []string{"--worker"}
+		if spec.Pool != "" {
+			token = append(token, "--pool", spec.Pool)
+		}
+		w.Args = append(w.Args[:len(w.Args):len(w.Args)], "--token", f.Token(t, token...))
+		w.Dials = true
+	}
 	f.Workers = append(f.Workers, w)
 	f.parts = append(f.parts, w.Buildkitd.Process)
 	f.RestartAgent(t, w)
@@ -152,7 +249,7 @@ func (f *Farm) AddWorker(t T, spec WorkerSpec) *FarmWorker {
 func (f *Farm) RestartAgent(t T, w *FarmWorker) {
 	t.Helper()
 	spec := w.WorkerSpec
-	args := []string{"worker", "--name", spec.Name, "--buildkit", w.Buildkitd.Addr, "--slots", strconv.Itoa(spec.Slots)}
+	args := []string{"worker", "--name", spec.Name, "--buildkit", w.Buildkitd.Addr, "--slots", strconv.Itoa(spec.Slots), "--data-dir", w.DataDir}
 	if spec.Dials {
 		args = append(args, "--coordinator", strings.TrimPrefix(f.Addr, "tcp://"))
 	} else {
@@ -161,7 +258,8 @@ func (f *Farm) RestartAgent(t T, w *FarmWorker) {
 	for _, platform := range spec.Platforms {
 		args = append(args, "--platform", platform)
 	}
-	w.Agent = StartProcess(t, Spec{Name: "agent of " + spec.Name, Path: f.tools.Archfarm, Args: append(args, spec.Args...)})
+	path, args := spec.Behind.command(f.tools.Archfarm, append(args, spec.Args...))
+	w.Agent = StartProcess(t, Spec{Name: "agent of " + spec.Name, Path: path, Args: args})
 	f.parts = append(f.parts, w.Agent)
 }
 
@@ -175,7 +273,11 @@ func (f *Farm) Archfarm(t T, command string, args ...string) Result {
 
 // List returns what archfarm workers --output json says.
 func (f *Farm) List() ([]WorkerStatus, error) {
-	cmd := exec.Command(f.tools.Archfarm, "workers", "--farm", f.Addr, "--output", "json")
+	addr := f.Addr
+	if f.secured {
+		addr = f.Admin
+	}
+	cmd := exec.Command(f.tools.Archfarm, "workers", "--farm", addr, "--output", "json")
 	cmd.Env = cleanEnv()
 	raw, err := cmd.Output()
 	if err != nil {

@@ -65,7 +65,7 @@ func StartProcess(t T, spec Spec) *Process {
 			p.Kill()
 			return
 		}
-		p.stop(t)
+		p.Stop(t)
 		p.complain(t)
 	})
 	return p
@@ -170,7 +170,8 @@ func (p *Process) code() int {
 	return exit.ExitCode()
 }
 
-func (p *Process) stop(t T) {
+// Stop ends the process with SIGTERM, and fails the test if that takes too long.
+func (p *Process) Stop(t T) {
 	if !p.Running() {
 		return
 	}

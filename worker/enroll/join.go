@@ -193,7 +193,7 @@ func verifyPinned(state tls.ConnectionState, token identity.Token, now time.Time
 			return identity.VerifyCoordinator(state, roots, now)
 		}
 	}
-	return errors.New("the server is not of the farm that the token was made for (another CA): check the address, and that nobody is in between; if the coordinator's data was lost, make a new token")
+	return statusError{status.New(codes.FailedPrecondition, "the server is not of the farm that the token was made for (another CA): check the address, and that nobody is in between; if the coordinator's data was lost, make a new token")}
 }
 
 // request is a certificate request; of it, the authority takes the key.

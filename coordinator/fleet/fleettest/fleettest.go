@@ -26,6 +26,9 @@ const (
 
 // Door is where agents reach a fleet.
 type Door struct {
+	// Pool of the workers that attach from now on.
+	Pool string
+
 	fleet *fleet.Fleet
 	l     *bufconn.Listener
 }
@@ -67,6 +70,8 @@ type Worker struct {
 	answer  func(*archfarmv1.Open) archfarmv1.Refused_Cause
 	ends    map[net.Conn]struct{} // the worker's ends of what is open
 	opened  int                   // connections so far
+	further func(*archfarmv1.Report)
+	deaf    bool // to directives
 }
 
 // Attach attaches a worker whose daemon serves what register registers. It leaves
@@ -92,7 +97,7 @@ func (d *Door) Attach(t testing.TB, name string, platforms []string, slots int, 
 		t.Fatal(err)
 	}
 	w.send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Hello{Hello: &archfarmv1.Hello{
-		Name: name, Platforms: platforms, Version: "test", BuildkitVersion: "test", Machine: platforms[0], Report: w.report(),
+		Name: name, Platforms: platforms, Version: "test", BuildkitVersion: "test", Machine: platforms[0], Report: w.report(), Pool: d.Pool,
 	}}})
 	if _, err := w.stream.Recv(); err != nil {
 		t.Fatal(err)
@@ -104,7 +109,11 @@ func (d *Door) Attach(t testing.TB, name string, platforms []string, slots int, 
 
 // report is what the agent would report now. w.mu is held, or nobody else knows w.
 func (w *Worker) report() *archfarmv1.Report {
-	return &archfarmv1.Report{State: w.state, Slots: &archfarmv1.Slots{Total: uint32(w.total), Used: uint32(w.used + w.foreign)}}
+	r := &archfarmv1.Report{State: w.state, Slots: &archfarmv1.Slots{Total: uint32(w.total), Used: uint32(w.used + w.foreign)}}
+	if w.further != nil {
+		w.further(r)
+	}
+	return r
 }
 
 // send says something unless the stream has ended. w.mu is held.
@@ -139,7 +148,21 @@ func (w *Worker) receive() {
 		if open := m.GetOpen(); open != nil {
 			w.running.Go(func() { w.serve(open) })
 		}
+		if d := m.GetDirective(); d.GetReportNow() != nil {
+			w.obey(d)
+		}
 	}
+}
+
+// obey reports, and answers.
+func (w *Worker) obey(d *archfarmv1.Directive) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.deaf {
+		return
+	}
+	w.tell()
+	w.send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Done{Done: &archfarmv1.Done{DirectiveId: d.GetId()}}})
 }
 
 // serve answers one Open and stays until the connection ends.
@@ -205,6 +228,28 @@ func (w *Worker) Occupy(n int) {
 	defer w.mu.Unlock()
 	w.foreign = n
 	w.tell()
+}
+
+// Report has further add to the reports from now on, and reports.
+func (w *Worker) Report(further func(*archfarmv1.Report)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.further = further
+	w.tell()
+}
+
+// Silently is Report without reporting now.
+func (w *Worker) Silently(further func(*archfarmv1.Report)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.further = further
+}
+
+// Deafen makes the agent answer no directive any more.
+func (w *Worker) Deafen() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deaf = true
 }
 
 // Become changes the worker's state, and reports so.

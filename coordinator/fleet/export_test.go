@@ -1,0 +1,4 @@
+package fleet
+
+// Confidential is confidential, for tests.
+var Confidential = confidential

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package managed
+
+func (*Daemon) clear() error { return nil }

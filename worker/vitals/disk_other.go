@@ -1,0 +1,5 @@
+//go:build !linux && !darwin
+
+package vitals
+
+func statfs(string) (Disk, bool) { return Disk{}, false }
