@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -25,7 +26,7 @@ func TestARM64_EachLegRunsOnItsOwnKernel(t *testing.T) {
 	}
 	t.Parallel()
 	r := newFarmRig(t, farmtest.WorkerSpec{Name: "amd-1", Slots: 1})
-	startARM64(t, r)
+	machine := startARM64(t, r)
 	dockerfile := "FROM scratch\nARG TARGETARCH\nCOPY busybox-$TARGETARCH /bin/busybox\n" +
 		farmtest.Run("{ /bin/busybox uname -m; /bin/busybox uname -r; } > /uname") + "\n"
 	dir := r.context(t, map[string]string{"Dockerfile": dockerfile})
@@ -44,6 +45,40 @@ func TestARM64_EachLegRunsOnItsOwnKernel(t *testing.T) {
 		t.Errorf("arm64's uname says %q: want aarch64 and a kernel other than the host's %s", uname, host)
 	}
 	r.Farm.WaitWorkers(t, "all slots are free", idle)
+	machine.goesAway(t, r, dir)
+}
+
+// goesAway freezes the machine, pulls its plug in the middle of a build, and boots it again: it is back by itself each
+// time, with the certificate that it has, as its token is used up.
+func (m arm64Machine) goesAway(t *testing.T, r rig, dir string) {
+	t.Helper()
+	m.signal(t, unix.SIGSTOP)
+	r.Farm.WaitWorkersWithin(t, frozenLimit, "the frozen machine is not offered", away(arm64Name))
+	m.signal(t, unix.SIGCONT)
+	r.Farm.WaitWorkers(t, "the thawed machine is back", ready(arm64Name))
+
+	farmtest.WriteFile(t, dir, "Dockerfile", "FROM scratch\nARG TARGETARCH\nCOPY busybox-$TARGETARCH /bin/busybox\n"+
+		farmtest.Run("{ echo at work; exec /bin/busybox sleep 1000; }")+"\n")
+	build := r.Client.StartBuild(t, "--platform", "linux/arm64", "--push", "-t", r.ref("never"), dir)
+	build.WaitOutput(t, buildLimit, "the step's output", lineAbout(" at work"))
+	m.vm("kill")
+	if code := build.Wait(t, frozenLimit); code == 0 {
+		t.Fatalf("the build succeeded without its worker:\n%s", build.Output())
+	}
+	wantLost(t, build, arm64Name, "linux/arm64")
+	if tags := r.registry.Tags(t, r.repo); len(tags) != 1 {
+		t.Errorf("after a build that failed there are the tags %q", tags)
+	}
+
+	m.vm("start")
+	r.Farm.WaitWorkers(t, "the machine that was booted again is back", ready(arm64Name))
+	farmtest.WriteFile(t, dir, "Dockerfile", "FROM scratch\nARG TARGETARCH\nCOPY busybox-$TARGETARCH /bin/busybox\n"+
+		farmtest.Run("/bin/busybox uname -m > /uname")+"\n")
+	r.Client.Build(t, "--platform", "linux/arm64", "--push", "-t", r.ref("v2"), dir)
+}
+
+func away(name string) func([]farmtest.WorkerStatus) bool {
+	return func(list []farmtest.WorkerStatus) bool { return !ready(name)(list) }
 }
 
 // copyARM64Busybox puts the static busybox of the machine's image into a build context.
@@ -64,8 +99,30 @@ func copyARM64Busybox(t *testing.T, r rig, file string) {
 
 const arm64Name = "arm64-e2e"
 
+// arm64Machine is the virtual machine: its folder, and what vm.sh does with it.
+type arm64Machine struct {
+	dir string
+	vm  func(verb string)
+}
+
+// signal is for the machine as a whole.
+func (m arm64Machine) signal(t *testing.T, sig unix.Signal) {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(m.dir, "pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(raw)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(pid, sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // startARM64 boots the machine and waits until its agent has joined.
-func startARM64(t *testing.T, r rig) {
+func startARM64(t *testing.T, r rig) arm64Machine {
 	t.Helper()
 	coordinator, err := url.Parse(r.Addr)
 	if err != nil {
@@ -98,6 +155,7 @@ func startARM64(t *testing.T, r rig) {
 		w, known := farmtest.Find(list, arm64Name)
 		return known && w.State == farmtest.Ready && strings.Contains(strings.Join(w.Platforms, " "), "linux/arm64")
 	})
+	return arm64Machine{filepath.Join(run, arm64Name), vm}
 }
 
 func kernelRelease(t *testing.T) string {

@@ -27,7 +27,7 @@ import (
 type Recorder struct {
 	h        *History
 	ref      string
-	tenant   string // whose build it is
+	tenant   string                         // whose build it is
 	started  *controlapi.BuildHistoryRecord // as it was when the build began; does not change
 	progress *progress.Stream
 	traceID  trace.TraceID

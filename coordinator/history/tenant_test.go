@@ -2,6 +2,7 @@ package history
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"testing"
 
@@ -62,7 +63,9 @@ func TestHistory_EachTenantSeesItsOwnBuilds(t *testing.T) {
 		pass(patience)
 		check(h, "when they have ended")
 		stop()
-		<-left
+		if err := <-left; !errors.Is(err, context.Canceled) {
+			t.Errorf("listening ended with %v", err)
+		}
 		close(heard)
 		for ref := range heard {
 			if ref != "of-acme" {
