@@ -62,7 +62,7 @@ func registerMetrics(r *prometheus.Registry, farm *dispatch.Farm, version string
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	})
 	info.Set(1)
-	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), info, &fleetCollector{farm})
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), info, &fleetCollector{farm}, loadCollector{farm.Fleet})
 	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "archfarm_sessions", Help: "Client sessions that are open."},
 		func() float64 { return float64(farm.Sessions.Len()) }))
 }

@@ -38,6 +38,18 @@ func TestTrust_AnOfficeBehindNAT(t *testing.T) {
 	if w, ok := farmtest.Find(list, "mac-1"); !ok || w.Pool != "office" {
 		t.Errorf("the worker is listed as %+v", list)
 	}
+	_, body, err := get(r.Farm.HTTP + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`archfarm_worker_memory_available_bytes{pool="office",worker="mac-1"} `, `archfarm_worker_oom_kills_total{pool="office",worker="mac-1"} `,
+		`archfarm_slots{platform="linux/amd64",pool="office",state="free"} 1`, `archfarm_queue_depth{platform="linux/amd64",pool="office"} 0`,
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("no %q among the metrics", want)
+		}
+	}
 }
 
 // TestTrust_NobodyGetsInWithout tries the endpoint without a certificate, with one of another farm, and with one that
