@@ -9,13 +9,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/hashicorp/memberlist"
+
+	"github.com/archfarm/archfarm/file"
 )
 
 const (
@@ -166,15 +165,10 @@ func Parts(before, after Keyring, others ...Keyring) bool {
 // in base64, the one to encrypt with first. A file that is not there is an empty
 // ring.
 func LoadKeyring(path string) (Keyring, error) {
-	f, err := os.Open(path)
+	data, err := file.Read(path, maxKeyring)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("reading the gossip keyring: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxKeyring+1))
 	if err != nil {
 		return nil, fmt.Errorf("reading the gossip keyring: %w", err)
 	}
@@ -214,35 +208,10 @@ func StoreKeyring(path string, ring Keyring) error {
 	for _, key := range ring {
 		data = append(base64.StdEncoding.AppendEncode(data, key), '\n')
 	}
-	if err := replaceFile(path, data); err != nil {
+	if err := file.Replace(path, data, 0o600); err != nil {
 		return fmt.Errorf("storing the gossip keyring: %w", err)
 	}
 	return nil
-}
-
-// replaceFile writes beside the file, which only its owner may read, and renames.
-func replaceFile(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*") // with mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err = os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // Keys returns the ring in use, empty when gossip is in the clear.

@@ -7,7 +7,33 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/archfarm/archfarm/file"
 )
+
+// maxPEM bounds files with certificates and keys.
+const maxPEM = 1 << 20
+
+// LoadPair reads a certificate and its key, PEM files; what stands above the
+// certificate follows it. Leaf is set.
+func LoadPair(certPath, keyPath string) (*tls.Certificate, error) {
+	cert, err := file.Read(certPath, maxPEM)
+	if err != nil {
+		return nil, fmt.Errorf("reading the certificate: %w", err)
+	}
+	key, err := file.Read(keyPath, maxPEM)
+	if err != nil {
+		return nil, fmt.Errorf("reading the certificate's key: %w", err)
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return nil, fmt.Errorf("reading the certificate %s and its key %s: %w", certPath, keyPath, err)
+	}
+	if pair.Leaf, err = x509.ParseCertificate(pair.Certificate[0]); err != nil {
+		return nil, err
+	}
+	return &pair, nil
+}
 
 // VerifyCoordinator checks what a server has shown: that its certificate leads to
 // one of the roots, is valid now and names a coordinator. The host's name does not

@@ -12,6 +12,8 @@ import (
 	"unicode"
 
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
+
+	"github.com/archfarm/archfarm/file"
 )
 
 const (
@@ -133,14 +135,5 @@ func saveOrder(dir string, o order) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, stateFile+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) //nolint:errcheck // it is gone when all went well
-	_, err = f.Write(append(raw, '\n'))
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), filepath.Join(dir, stateFile))
+	return file.Replace(filepath.Join(dir, stateFile), append(raw, '\n'), 0o600)
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/file"
 	"github.com/archfarm/archfarm/identity"
 	"github.com/archfarm/archfarm/worker"
 	"github.com/archfarm/archfarm/worker/enroll"
@@ -37,7 +38,9 @@ func credentialFlags(flags *pflag.FlagSet) {
 
 // runWorker gives the worker its certificate, keeps it fresh, and runs the agent.
 func runWorker(cmd *cobra.Command, cfg worker.Config) error {
-	cfg.Insecure, _ = cmd.Flags().GetBool("insecure")
+	if cfg.Insecure, _ = cmd.Flags().GetBool("insecure"); cfg.Insecure {
+		cfg.Logger.Warn("INSECURE: coordinators on other machines are talked to in plaintext unless this worker has a certificate: who is on the way sees and changes everything")
+	}
 	creds, err := workerCredentials(cmd, &cfg)
 	if err != nil {
 		return err
@@ -118,7 +121,7 @@ func joinToken(flags *pflag.FlagSet) (string, error) {
 		return "", usageError{errors.New("the join token is given twice: use either --token or --token-file")}
 	}
 	if path != "" {
-		data, err := readFile(path, maxKeyFile)
+		data, err := file.Read(path, maxKeyFile)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // it may have been removed after joining
 			return "", fmt.Errorf("reading the join token: %w", err)
 		}

@@ -185,7 +185,7 @@ func (d *drainWatch) run(ctx context.Context) error {
 			if failed = append(failed, d.look(workers)...); len(d.waiting) == 0 {
 				return errors.Join(failed...)
 			}
-		case status.Code(err) != codes.Unavailable || time.Since(answered) > missedFor: // it may be restarting
+		case !passing(err) || time.Since(answered) > missedFor:
 			return errors.Join(append(failed, err)...)
 		}
 		select {
@@ -194,6 +194,13 @@ func (d *drainWatch) run(ctx context.Context) error {
 			return errors.Join(append(failed, fmt.Errorf("%w: %s; draining goes on", context.Cause(ctx), d.rest()))...)
 		}
 	}
+}
+
+// passing tells whether the farm may answer the next time: it may be restarting, and it
+// may have noticed the end of the waiting before it is noticed here.
+func passing(err error) bool {
+	code := status.Code(err)
+	return code == codes.Unavailable || code == codes.DeadlineExceeded
 }
 
 // look takes those that have drained, or will not, off the list.

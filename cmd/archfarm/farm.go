@@ -86,7 +86,7 @@ func farmOf(cmd *cobra.Command) (farm, error) {
 		}
 		f.creds = credentials.NewTLS(creds.TLS())
 		return f, nil
-	case plain || loopback(a):
+	case plain || a.Local():
 		return f, nil
 	}
 	return farm{}, usageError{fmt.Errorf("%s is another machine, and wants a certificate: name its folder with --cert-dir (archfarm client-cert makes one), or use --insecure if nobody can listen on the way", a)}
@@ -116,22 +116,11 @@ func farmAddress(cmd *cobra.Command) (address.Address, error) {
 // defaultFarm is where commands ask that are not told: a certificate's own farm, a
 // coordinator's socket, or what runs with the defaults on this machine.
 func defaultFarm(certDir string) string {
-	if list := enroll.Coordinators(filepath.Clean(certDir)); certDir != "" && len(list) > 0 {
-		return list[0]
+	if certDir != "" {
+		return cmp.Or(append(enroll.Coordinators(filepath.Clean(certDir)), localFarm)...)
 	}
 	if info, err := os.Stat(adminSocket); err == nil && info.Mode().Type() == fs.ModeSocket {
 		return "unix://" + adminSocket
 	}
 	return localFarm
-}
-
-// loopback tells whether an address is on this machine: what is sent there, nobody
-// else hears.
-func loopback(a address.Address) bool {
-	host, _, err := net.SplitHostPort(a.Addr)
-	if err != nil {
-		return false
-	}
-	ip := net.ParseIP(cmp.Or(host, "127.0.0.1"))
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }

@@ -17,6 +17,8 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/archfarm/archfarm/address"
+
+	"github.com/archfarm/archfarm/file"
 )
 
 const (
@@ -117,28 +119,11 @@ func readConfig(path string) (map[string][]string, error) {
 	if path == "" {
 		return nil, nil
 	}
-	data, err := readFile(path, maxConfig)
+	data, err := file.Read(path, maxConfig)
 	if err != nil {
 		return nil, fmt.Errorf("reading the configuration: %w", err)
 	}
 	return parseConfig(path, data)
-}
-
-// readFile reads a file of at most limit bytes.
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
-	}
-	return data, nil
 }
 
 // parseConfig reads the one document of a file. Settings without a value count
@@ -231,7 +216,7 @@ func readGossipKey(text, path string) ([]byte, error) {
 		if text != "" {
 			return nil, usageError{errors.New("the gossip key is given twice: name it or its file, not both")}
 		}
-		data, err := readFile(path, maxKeyFile)
+		data, err := file.Read(path, maxKeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("reading the gossip key: %w", err)
 		}

@@ -337,6 +337,7 @@ func TestDrainWatch(t *testing.T) {
 			"a: 2 attempts still run\nb: 1 attempt still runs\nb: drained\na: 1 attempt still runs\na: drained\n", "", 0},
 		"at once":                   {0, []any{busy(0, 0)}, "a: drained\nb: drained\n", "", 0},
 		"too slow":                  {5 * time.Second, []any{busy(3, 0)}, "a: 3 attempts still run\nb: drained\n", "after 5s: a (3 attempts still run); draining goes on", exitTimeout},
+		"the farm notices it first": {1500 * time.Millisecond, []any{busy(1, 0), status.Error(codes.DeadlineExceeded, "late")}, "a: 1 attempt still runs\nb: drained\n", "after 1.5s: a (1 attempt still runs); draining goes on", exitTimeout},
 		"in the last moment":        {3500 * time.Millisecond, []any{busy(1, 0), busy(1, 0), busy(1, 0), busy(0, 0)}, "a: 1 attempt still runs\nb: drained\na: drained\n", "", 0},
 		"uncordoned by another":     {0, []any{busy(2, 1), busy(-2, 1), busy(-2, 0)}, "a: 2 attempts still run\nb: 1 attempt still runs\nb: drained\n", "worker a is draining no more", exitError},
 		"a coordinator's restart":   {0, []any{busy(2, 0), restarting, restarting, busy(-1), busy(-1), busy(1), busy(0)}, "a: 2 attempts still run\nb: drained\na: 1 attempt still runs\na: drained\n", "", 0},

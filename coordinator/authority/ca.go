@@ -12,7 +12,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math/big"
 	"net"
@@ -22,6 +21,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/archfarm/archfarm/file"
 	"github.com/archfarm/archfarm/identity"
 )
 
@@ -254,10 +254,10 @@ func ensureCA(dir string, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("writing the CA's key: %w", err)
 	}
-	if err := writeFile(keyPath, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})); err != nil {
+	if err := file.Replace(keyPath, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600); err != nil {
 		return fmt.Errorf("writing the CA's key: %w", err)
 	}
-	if err := writeFile(certPath, identity.EncodeCertificates(der)); err != nil {
+	if err := file.Replace(certPath, identity.EncodeCertificates(der), 0o600); err != nil {
 		return fmt.Errorf("writing the CA's certificate: %w", err)
 	}
 	return nil
@@ -272,7 +272,7 @@ func newKey() (*ecdsa.PrivateKey, error) {
 }
 
 func readCertificates(path string) ([]*x509.Certificate, error) {
-	data, err := readFile(path)
+	data, err := file.Read(path, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("reading a certificate: %w", err)
 	}
@@ -285,7 +285,7 @@ func readCertificates(path string) ([]*x509.Certificate, error) {
 
 // readKey reads a private key of any of the formats that tls.LoadX509KeyPair does.
 func readKey(path string) (crypto.Signer, error) {
-	data, err := readFile(path)
+	data, err := file.Read(path, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("reading a key: %w", err)
 	}
@@ -305,65 +305,14 @@ func readKey(path string) (crypto.Signer, error) {
 	return nil, fmt.Errorf("reading the key %s: there is no private key in it that could be used (PEM, without a passphrase)", path)
 }
 
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(data) > maxFile {
-		err = fmt.Errorf("%s is larger than %d bytes", path, maxFile)
-	}
-	return data, err
-}
-
-// writeFile writes a file for the owner's eyes at once, and durably.
-func writeFile(path string, data []byte) (err error) {
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+"-") // 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	folder, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer folder.Close()
-	return folder.Sync()
-}
-
 // ownServer reads the operator's own server certificate.
 func ownServer(certPath, keyPath string) (*tls.Certificate, error) {
-	cert, err := readFile(certPath)
+	pair, err := identity.LoadPair(certPath, keyPath)
 	if err != nil {
-		return nil, fmt.Errorf("reading the server certificate: %w", err)
-	}
-	key, err := readFile(keyPath)
-	if err != nil {
-		return nil, fmt.Errorf("reading the server certificate's key: %w", err)
-	}
-	pair, err := tls.X509KeyPair(cert, key)
-	if err != nil {
-		return nil, fmt.Errorf("reading the server certificate %s and its key %s: %w", certPath, keyPath, err)
-	}
-	if pair.Leaf, err = x509.ParseCertificate(pair.Certificate[0]); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the server certificate: %w", err)
 	}
 	if who, err := identity.Of(pair.Leaf); len(pair.Leaf.URIs) > 0 && (err != nil || who.Kind != identity.Coordinator) {
 		return nil, fmt.Errorf("the server certificate %s has a URI that is no coordinator's: use spiffe://%s/coordinator/NAME, or none", certPath, identity.TrustDomain)
 	}
-	return &pair, nil
+	return pair, nil
 }

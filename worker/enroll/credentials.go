@@ -15,15 +15,14 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/archfarm/archfarm/file"
 	"github.com/archfarm/archfarm/identity"
 )
 
@@ -114,7 +113,7 @@ func Coordinators(dir string) []string {
 	if dir == "" {
 		return nil
 	}
-	data, err := readFile(filepath.Join(dir, coordinatorsFile))
+	data, err := file.Read(filepath.Join(dir, coordinatorsFile), maxFile)
 	if err != nil {
 		return nil
 	}
@@ -173,7 +172,7 @@ func describe(leaf *x509.Certificate) string {
 func (c *Credentials) pair() (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	pair, err := readPair(c.cert, c.key)
+	pair, err := identity.LoadPair(c.cert, c.key)
 	switch {
 	case err == nil:
 		c.last = pair
@@ -183,29 +182,8 @@ func (c *Credentials) pair() (*tls.Certificate, error) {
 	return c.last, nil
 }
 
-func readPair(certPath, keyPath string) (*tls.Certificate, error) {
-	cert, err := readFile(certPath)
-	if err != nil {
-		return nil, fmt.Errorf("reading the certificate: %w", err)
-	}
-	key, err := readFile(keyPath)
-	if err != nil {
-		return nil, fmt.Errorf("reading the certificate's key: %w", err)
-	}
-	pair, err := tls.X509KeyPair(cert, key)
-	if err != nil {
-		return nil, fmt.Errorf("reading the certificate %s and its key %s: %w", certPath, keyPath, err)
-	}
-	if pair.Leaf == nil { // X509KeyPair fills it since Go 1.23, but for a GODEBUG setting
-		if pair.Leaf, err = x509.ParseCertificate(pair.Certificate[0]); err != nil {
-			return nil, err
-		}
-	}
-	return &pair, nil
-}
-
 func (c *Credentials) roots() (*x509.CertPool, error) {
-	data, err := readFile(c.ca)
+	data, err := file.Read(c.ca, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("reading the farm's root certificate: %w", err)
 	}
@@ -231,23 +209,9 @@ func (c *Credentials) logger() *slog.Logger {
 	return cmp.Or(c.Logger, slog.New(slog.DiscardHandler))
 }
 
-// readFile reads a file of at most maxFile bytes.
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(data) > maxFile {
-		err = fmt.Errorf("%s is larger than %d bytes", path, maxFile)
-	}
-	return data, err
-}
-
 // finish completes what a Join that was interrupted has received.
 func finish(dir string) error {
-	data, err := readFile(filepath.Join(dir, nextFile))
+	data, err := file.Read(filepath.Join(dir, nextFile), maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/archfarm/archfarm/file"
 	"github.com/archfarm/archfarm/identity"
 )
 
@@ -40,7 +41,7 @@ type next struct {
 // a process that died with the answer, is tried again with the same key, which
 // does not use it up twice.
 func nextKey(dir, token, name string) (*next, error) {
-	if data, err := readFile(filepath.Join(dir, nextFile)); err == nil {
+	if data, err := file.Read(filepath.Join(dir, nextFile), maxFile); err == nil {
 		if n, err := parseNext(data); err == nil && n.token == token && n.name == name {
 			n.certificates, n.roots, n.coordinators = nil, nil, nil
 			return n, nil
@@ -130,32 +131,10 @@ func encodeKey(key crypto.Signer, headers map[string]string) ([]byte, error) {
 
 // writeFile replaces a file at once, and durably. What is there already, and the
 // same, stays.
-func writeFile(dir, name string, data []byte, mode os.FileMode) (err error) {
+func writeFile(dir, name string, data []byte, mode os.FileMode) error {
 	path := filepath.Join(dir, name)
-	if present, err := readFile(path); err == nil && bytes.Equal(present, data) {
+	if present, err := file.Read(path, maxFile); err == nil && bytes.Equal(present, data) {
 		return nil
 	}
-	f, err := os.CreateTemp(dir, "."+name+"-") // 0600
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("writing %s: %w", path, err)
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	folder, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer folder.Close()
-	return folder.Sync()
+	return file.Replace(path, data, mode)
 }
