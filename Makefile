@@ -15,7 +15,7 @@ STAMP = -ldflags "-s -w -X $$mod/version.Version=$$($(GO) list -m -f '{{.Version
 LINTER = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w"
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 all: build
 
@@ -48,6 +48,9 @@ test: setup build tools ## every test; not as root, the end-to-end tests are ski
 
 bench: setup build tools ## the farm beside buildx on its own, side by side (root)
 	$(GO) run ./loadtest/bench
+
+loadtest-fleet: setup build tools ## 1,000 workers join one coordinator, and come back after it was killed (root)
+	$(GO) run ./loadtest/fleet
 
 # SUITE is buildx or one of BuildKit's: client, dockerfile, buildctl. FLAGS are those of go run ./conformance -h.
 SUITE = buildx
@@ -115,4 +118,4 @@ $(TOOLS)/protoc-gen-go-grpc: go.mod
 clean: ## remove bin/, tools included
 	rm -rf $(BIN)
 
-.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench conformance lint deploy-check generate setup tools arm64vm lint-tools clean
+.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench loadtest-fleet conformance lint deploy-check generate setup tools arm64vm lint-tools clean

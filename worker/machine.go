@@ -45,11 +45,11 @@ var here = sync.OnceValues(func() (native.Machine, error) { return native.Detect
 // they are the same, else by a probe through BuildKit. What the operator says
 // spares the probe. It returns an error if nothing is said and nothing is proven.
 func lookAt(ctx context.Context, d *daemon, said []ocispecs.Platform) (*machine, error) {
-	_, local := d.peer(ctx)
-	var (
-		m   native.Machine
-		err error
-	)
+	local, err := d.near(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("finding out where buildkitd at %s runs: %w", d.addr, err)
+	}
+	var m native.Machine
 	switch {
 	case local || len(said) > 0:
 		m, err = here()
@@ -73,6 +73,19 @@ func lookAt(ctx context.Context, d *daemon, said []ocispecs.Platform) (*machine,
 		said = found
 	}
 	return &machine{name: m.String(), offered: said, native: slices.Concat(said, found)}, nil
+}
+
+// near tells whether d is under this kernel. It asks again if d goes away meanwhile.
+func (d *daemon) near(ctx context.Context) (local bool, err error) {
+	for range probeTimes {
+		if _, local, err = d.peer(ctx); err == nil || ctx.Err() != nil {
+			return local, err
+		}
+		if _, err := d.await(ctx); err != nil {
+			return false, err
+		}
+	}
+	return false, err
 }
 
 // prove probes d's machine, again if d goes away meanwhile.
@@ -144,7 +157,10 @@ func emulatedOnly(list, native []ocispecs.Platform) (found []ocispecs.Platform) 
 // in a container that does not see them, BuildKit's own list is the next best:
 // what it has beyond the native platforms is emulated, but what it once had stays.
 func (d *daemon) emulates(ctx context.Context) ([]ocispecs.Platform, error) {
-	pid, local := d.peer(ctx)
+	pid, local, err := d.peer(ctx)
+	if err != nil {
+		return nil, err
+	}
 	if !local {
 		return d.listed(ctx)
 	}

@@ -23,7 +23,7 @@ func TestLookAt_WhereTheDaemonIsDecidesWhoseWordCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer near.close()
-	if _, local := near.peer(t.Context()); !local {
+	if _, local, err := near.peer(t.Context()); !local || err != nil {
 		t.Error("a daemon of this very process counts as far")
 	}
 	m, err := lookAt(t.Context(), near, nil)
@@ -41,7 +41,7 @@ func TestLookAt_WhereTheDaemonIsDecidesWhoseWordCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer far.close()
-	if _, local := far.peer(t.Context()); local {
+	if _, local, err := far.peer(t.Context()); local || err != nil {
 		t.Error("a daemon behind TCP counts as near")
 	}
 	// The fake lists no platforms: nothing is proven, and so nothing is assumed.

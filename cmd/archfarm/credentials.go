@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -23,7 +24,8 @@ import (
 	"github.com/archfarm/archfarm/worker/enroll"
 )
 
-// joinAgain is the pause between two tries to join a farm that does not answer.
+// joinAgain is the pause, on average, between two tries to join a farm that does
+// not answer.
 const joinAgain = 5 * time.Second
 
 // credentialFlags are how a worker gets its certificate.
@@ -161,10 +163,10 @@ func join(ctx context.Context, token, named string, cfg *worker.Config) (*enroll
 			if final(err) || ctx.Err() != nil {
 				return nil, fmt.Errorf("joining the farm: %w", err)
 			}
-			log.Warn("cannot join the farm yet: trying again", "error", err, "in", joinAgain)
+			log.Warn("cannot join the farm yet: trying again in a while", "error", err)
 		}
 		select {
-		case <-time.After(joinAgain):
+		case <-time.After(joinAgain/2 + rand.N(joinAgain)): // machines that boot together do not ask together
 		case <-ctx.Done():
 			return nil, fmt.Errorf("joining the farm: %w", context.Cause(ctx))
 		}

@@ -58,6 +58,9 @@ func (a *Authority) Join(ctx context.Context, req *archfarmv1.JoinRequest) (*arc
 		}
 		return err
 	})
+	if name == "" && status.Code(err) == codes.InvalidArgument {
+		return nil, err // with a good token that leaves the name to the client, which tries it without one first
+	}
 	if err != nil {
 		return nil, a.refused(ctx, t, name, err)
 	}

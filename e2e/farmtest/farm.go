@@ -278,7 +278,7 @@ func (f *Farm) List() ([]WorkerStatus, error) {
 		addr = f.Admin
 	}
 	cmd := exec.Command(f.tools.Archfarm, "workers", "--farm", addr, "--output", "json")
-	cmd.Env = cleanEnv()
+	cmd.Env = cleanEnv(endsAtOnce())
 	raw, err := cmd.Output()
 	if err != nil {
 		var stderr []byte

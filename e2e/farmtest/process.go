@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -44,6 +45,9 @@ func StartProcess(t T, spec Spec) *Process {
 	t.Helper()
 	cmd := exec.Command(spec.Path, spec.Args...)
 	cmd.Env, cmd.Dir, cmd.Stdin = cleanEnv(spec.Env...), spec.Dir, spec.In
+	if spec.Keep {
+		cmd.Env = append(cmd.Env, endsAtOnce())
+	}
 	p := &Process{Name: spec.Name, cmd: cmd, done: make(chan struct{})}
 	p.out.changed = make(chan struct{})
 	cmd.Stdout, cmd.Stderr = &p.out, &p.out
@@ -102,6 +106,10 @@ var (
 	spawner sync.Once
 	starts  = make(chan func())
 )
+
+// endsAtOnce is the environment of a command that was built with -race: at its end that sleeps for a second, to hear of
+// more races, which makes a test of many commands a slow one.
+func endsAtOnce() string { return "GORACE=" + os.Getenv("GORACE") + " atexit_sleep_ms=0" }
 
 // Pid is the process's id.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }

@@ -110,7 +110,7 @@ func (r *rig) large(t farmtest.T, o options) []contest {
 			return r.build(t, builder, r.both, s.dir)
 		}},
 		{name: what + ", pushed", sides: sides, rounds: o.Rounds, prepare: prepare, build: func(t farmtest.T, builder string) (took time.Duration) {
-			within(t, func(t farmtest.T) { // an empty registry, whose layers go with it
+			farmtest.Within(t, func(t farmtest.T) { // an empty registry, whose layers go with it
 				registry := startRegistry(t, r.tools)
 				took = r.build(t, builder, r.both, s.dir, "--push", "--tag", repository(registry, "large", builder), "--provenance=false")
 			})

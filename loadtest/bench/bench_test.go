@@ -66,9 +66,9 @@ func TestContest_InterruptEndsTheRun(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	var log strings.Builder
-	p := &program{log: &log}
+	p := &farmtest.Program{Title: "bench", Log: &log}
 	undone := false
-	ok := p.run(func() {
+	ok := p.Run(func() {
 		p.Cleanup(func() { undone = true })
 		c := contest{sides: []string{"a", "b"}, rounds: 5, build: func(farmtest.T, string) time.Duration { cancel(); return 0 }}
 		c.run(ctx, p, func() bool { return false })

@@ -55,7 +55,7 @@ func newRig(t farmtest.T) *rig {
 func (r *rig) buildx(t farmtest.T, args ...string) time.Duration {
 	t.Helper()
 	var took time.Duration
-	within(t, func(t farmtest.T) {
+	farmtest.Within(t, func(t farmtest.T) {
 		start := time.Now()
 		result := r.farm.Client.Run(t, args...)
 		took = time.Since(start)
@@ -78,7 +78,7 @@ func (r *rig) forget(t farmtest.T) {
 	t.Helper()
 	for _, w := range r.farm.Workers {
 		for _, command := range [][]string{{"prune-histories"}, {"prune", "--all"}} { // histories keep layers alive
-			within(t, func(t farmtest.T) {
+			farmtest.Within(t, func(t farmtest.T) {
 				if result := farmtest.Buildctl(t, r.tools, w.Buildkitd.Addr, command...); result.Code != 0 {
 					t.Fatalf("buildctl %s at worker %s: exit code %d:\n%s", strings.Join(command, " "), w.Name, result.Code, result.Output)
 				}

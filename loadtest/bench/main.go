@@ -10,6 +10,8 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
+
+	"github.com/archfarm/archfarm/e2e/farmtest"
 )
 
 func main() {
@@ -18,8 +20,8 @@ func main() {
 		os.Exit(2) // the flag package has said why
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	p := &program{log: os.Stderr}
-	ok := p.run(func() { bench(ctx, p, o, os.Stdout) })
+	p := &farmtest.Program{Title: "bench", Log: os.Stderr}
+	ok := p.Run(func() { bench(ctx, p, o, os.Stdout) })
 	stop()
 	if !ok {
 		os.Exit(1)

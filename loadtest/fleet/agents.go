@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -73,6 +74,8 @@ func (a *agents) run(ctx context.Context, name string) error {
 	}
 	return worker.Run(ctx, worker.Config{
 		Name: name, BuildKit: a.buildkit, DataDir: dir, Slots: 2, Coordinators: []string{a.coordinator},
+		// Said, because what is so slow to answer as this BuildKit may be could as well be on another machine.
+		Platforms:   []string{"linux/" + runtime.GOARCH},
 		Credentials: counted{creds, &a.arrivals}, Logger: slog.New(ear{&a.refused}), Version: "load test",
 	})
 }

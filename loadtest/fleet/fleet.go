@@ -22,13 +22,15 @@ func measure(ctx context.Context, t farmtest.T, o options, out io.Writer) (reach
 	fmt.Fprintf(out, "%d workers in one process and their coordinator in another on %d CPUs, %s; TLS over loopback\n", o.Workers, runtime.NumCPU(), runtime.Version())
 
 	var r results
+	use := begin(t, farm.Coordinator.Pid())
 	agents.start(ctx, t, o.Workers)
 	r.join = view.awaitReady(ctx, t, agents, o)
+	r.joining = use.end(t)
 	t.Logf("all have joined after %s", seconds(r.join))
 
-	busy := cpuTime(t, farm.Coordinator.Pid())
+	use = begin(t, farm.Coordinator.Pid())
 	agents.rest(ctx, t, o.Idle)
-	r.idle = share(cpuTime(t, farm.Coordinator.Pid())-busy, o.Idle)
+	r.idle = use.end(t)
 	r.memory = peak(t, farm.Coordinator.Pid())
 
 	killed := time.Now()
@@ -47,8 +49,9 @@ func measure(ctx context.Context, t farmtest.T, o options, out io.Writer) (reach
 // results are what was measured.
 type results struct {
 	join, back time.Duration
-	memory     int64   // bytes
-	idle       float64 // of one CPU
+	memory     int64 // bytes
+	// joining and idle are the use of CPUs meanwhile.
+	joining, idle usage
 	// refused are the tries to reach the coordinator that came to nothing, by when they did after its end; arrivals
 	// the connections made to the new one, by when after its start.
 	refused, arrivals []time.Duration

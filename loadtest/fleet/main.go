@@ -11,6 +11,8 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
+
+	"github.com/archfarm/archfarm/e2e/farmtest"
 )
 
 func main() {
@@ -19,9 +21,9 @@ func main() {
 		os.Exit(2) // the flag package has said why
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	p := &program{log: os.Stderr}
+	p := &farmtest.Program{Title: "fleet", Log: os.Stderr}
 	reached := false
-	ok := p.run(func() { reached = measure(ctx, p, o, os.Stdout) })
+	ok := p.Run(func() { reached = measure(ctx, p, o, os.Stdout) })
 	stop()
 	if !ok || !reached {
 		os.Exit(1)

@@ -37,11 +37,11 @@ func peak(t farmtest.T, pid int) int64 {
 	t.Helper()
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		t.Fatalf("reading the coordinator's peak memory: %v", err)
+		t.Fatalf("reading a process's peak memory: %v", err)
 	}
 	bytes, err := parsePeak(string(raw))
 	if err != nil {
-		t.Fatalf("reading the coordinator's peak memory: %v", err)
+		t.Fatalf("reading a process's peak memory: %v", err)
 	}
 	return bytes
 }
@@ -62,11 +62,11 @@ func cpuTime(t farmtest.T, pid int) time.Duration {
 	t.Helper()
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		t.Fatalf("reading the coordinator's CPU time: %v", err)
+		t.Fatalf("reading a process's CPU time: %v", err)
 	}
 	used, err := parseCPU(string(raw))
 	if err != nil {
-		t.Fatalf("reading the coordinator's CPU time: %v", err)
+		t.Fatalf("reading a process's CPU time: %v", err)
 	}
 	return used
 }
@@ -88,5 +88,27 @@ func parseCPU(stat string) (used time.Duration, err error) {
 	return used, nil
 }
 
-// share is how much of one CPU was used.
-func share(used, of time.Duration) float64 { return used.Seconds() / of.Seconds() }
+// usage is how much CPU time was used during a time.
+type usage struct{ took, coordinator, agents time.Duration }
+
+// measurement is one that has begun.
+type measurement struct {
+	pid   int // the coordinator's
+	since time.Time
+	usage
+}
+
+func begin(t farmtest.T, pid int) measurement {
+	t.Helper()
+	return measurement{pid: pid, since: time.Now(), usage: usage{coordinator: cpuTime(t, pid), agents: cpuTime(t, os.Getpid())}}
+}
+
+func (m measurement) end(t farmtest.T) usage {
+	t.Helper()
+	return usage{
+		took: time.Since(m.since), coordinator: cpuTime(t, m.pid) - m.coordinator, agents: cpuTime(t, os.Getpid()) - m.agents,
+	}
+}
+
+// percent is how much of one CPU a time of use was.
+func (u usage) percent(used time.Duration) float64 { return 100 * used.Seconds() / u.took.Seconds() }
