@@ -95,7 +95,6 @@ func TestTrust_ARevokedWorkerIsGoneAtOnce(t *testing.T) {
 	w := r.Farm.Workers[0]
 	w.Agent.WaitOutput(t, startLimit, "a log line about the revoked certificate", lineAbout("revoked"))
 	w.Agent.Stop(t)
-	w.DataDir = farmtest.Folder(t)
 	for i, arg := range w.Args {
 		if arg == "--token" {
 			w.Args[i+1] = r.Farm.Token(t, "--worker")
@@ -190,4 +189,32 @@ func TestAway_AsleepForAWhile(t *testing.T) {
 	agent.SignalGroup(syscall.SIGCONT)
 	r.Farm.WaitWorkersWithin(t, frozenLimit, "it is back", ready("mac-1"))
 	r.buildsAMD64(t, "after")
+}
+
+// TestTrust_OneCoordinatorUnderSeveralAddresses has the agent dial it under two addresses that it cannot tell are the
+// same: one stream has to stay, and the other not to disturb it.
+func TestTrust_OneCoordinatorUnderSeveralAddresses(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	here, there := farmtest.NewNetwork(t), farmtest.NewNetwork(t)
+	other := there.Free(t)
+	r := newFarm(t, farmtest.FarmOptions{
+		Host: here.Host, CoordinatorArgs: []string{"--listen", other},
+		Workers: []farmtest.WorkerSpec{{Name: "mac-1", Slots: 1, Args: []string{"--coordinator", other, "--log-level", "debug"}}},
+	})
+	r.Client, _ = r.Farm.Secured(t)
+	r.Farm.Workers[0].Agent.WaitOutput(t, startLimit, "a log line about the second address", lineAbout("attached under another address already"))
+	since := func() time.Time {
+		list, err := r.Farm.List()
+		w, ok := farmtest.Find(list, "mac-1")
+		if err != nil || !ok {
+			t.Fatalf("the worker is not there: %+v, %v", list, err)
+		}
+		return w.Since
+	}
+	settled := since()
+	r.buildsAMD64(t, "v1")
+	if now := since(); !now.Equal(settled) {
+		t.Errorf("it attached again at %s, after %s", now, settled)
+	}
 }

@@ -256,12 +256,12 @@ func TestJoin_WorkerGetsItsCertificateAndMayCall(t *testing.T) {
 	if list := creds.Coordinators(); len(list) != 1 || list[0] != f.address {
 		t.Errorf("coordinators %v", list)
 	}
-	for name, mode := range map[string]fs.FileMode{"key.pem": 0o600, "cert.pem": 0o644, "ca.pem": 0o644, "coordinators": 0o644} {
+	for name, mode := range map[string]fs.FileMode{"key.pem": 0o600, "cert.pem": 0o644, "ca.pem": 0o644, "coordinators": 0o644, "token": 0o644} {
 		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode().Perm() != mode {
 			t.Errorf("%s: %v, %v; want mode %v", name, info, err, mode)
 		}
 	}
-	if entries, _ := os.ReadDir(dir); len(entries) != 4 {
+	if entries, _ := os.ReadDir(dir); len(entries) != 5 {
 		t.Errorf("the folder has %v", entries)
 	}
 	loaded, err := enroll.Load(dir)

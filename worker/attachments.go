@@ -14,10 +14,10 @@ var errDuplicate = errors.New("this coordinator is attached under another addres
 // attachments keeps one link to every coordinator that is configured or that
 // gossip knows.
 //
-// One coordinator under two addresses would get two streams of one worker. That
-// is prevented where both end at the same IP address and port (localhost and
-// 127.0.0.1, a name and its address), not where a coordinator has several IP
-// addresses: configure the one that gossip names.
+// One coordinator under several addresses would get several streams of one worker,
+// and the newest is the one that counts. Where two addresses end at the same IP
+// address and port, the agent knows it; else the coordinator does, which is told
+// with each Hello where the agent is attached.
 type attachments struct {
 	agent      *agent
 	configured []address.Address
@@ -28,6 +28,7 @@ type attachments struct {
 	mu    sync.Mutex
 	links map[address.Address]*link
 	peers map[string]*link // attached links by what their connection really leads to
+	ids   map[*link]string // of the coordinators that have welcomed the worker
 }
 
 // run follows gossip until ctx ends, and waits for all links.
@@ -100,4 +101,41 @@ func (s *attachments) unclaim(peer string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.peers, peer)
+}
+
+// welcomed notes which coordinator a link leads to.
+func (s *attachments) welcomed(l *link, id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id != "" {
+		s.ids[l] = id
+	}
+}
+
+// departed forgets that; links that lead to the same one may be needed now.
+func (s *attachments) departed(l *link) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, known := s.ids[l]; !known {
+		return
+	}
+	delete(s.ids, l)
+	for _, other := range s.links {
+		if other != l {
+			other.poke()
+		}
+	}
+}
+
+// attachedTo lists the coordinators that other links lead to.
+func (s *attachments) attachedTo(l *link) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var ids []string
+	for other, id := range s.ids {
+		if other != l {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }

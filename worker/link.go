@@ -25,6 +25,9 @@ const (
 	// a heartbeat before it takes the coordinator's machine for gone.
 	unansweredWithin = 10 * time.Second
 
+	// duplicateRetry is the pause of a link whose coordinator another link leads to.
+	duplicateRetry = time.Minute
+
 	defaultHeartbeat = 5 * time.Second
 	maxHeartbeat     = 5 * time.Minute
 	// missedHeartbeats is how many intervals a message may wait to be sent.
@@ -84,6 +87,9 @@ func (l *link) run(ctx context.Context) {
 			return
 		}
 		pause := wait.next()
+		if errors.Is(err, errDuplicate) {
+			pause = duplicateRetry // it is poked when that changes
+		}
 		l.report(err, pause)
 		select {
 		case <-time.After(pause):

@@ -10,6 +10,8 @@ import (
 	"github.com/archfarm/archfarm/address"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -62,6 +64,7 @@ func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentSe
 		return fmt.Errorf("attaching: %w", err)
 	}
 	defer s.link.set.agent.gossip.forget(s.link)
+	defer s.link.set.departed(s.link)
 	if err := s.greet(life); err != nil {
 		return err
 	}
@@ -88,6 +91,7 @@ func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentSe
 func (s *stream) greet(life context.Context) error {
 	hello := proto.CloneOf(s.link.set.agent.hello)
 	hello.Report, _ = s.link.set.agent.slots.report()
+	hello.AttachedTo = s.link.set.attachedTo(s.link)
 	err := s.rpc.Send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Hello{Hello: hello}})
 	if err != nil {
 		// Send says EOF, and leaves the reason to Recv.
@@ -95,6 +99,9 @@ func (s *stream) greet(life context.Context) error {
 		return fmt.Errorf("saying hello: %w", err)
 	}
 	first, err := s.rpc.Recv()
+	if status.Code(err) == codes.AlreadyExists {
+		return errDuplicate
+	}
 	if err != nil {
 		return fmt.Errorf("saying hello: %w", err)
 	}
@@ -103,6 +110,7 @@ func (s *stream) greet(life context.Context) error {
 		return fmt.Errorf("saying hello: the coordinator answered with %T instead of a welcome", first.GetMessage())
 	}
 	s.welcomed = time.Now()
+	s.link.set.welcomed(s.link, welcome.GetCoordinatorId())
 	s.heartbeat = min(time.Duration(welcome.GetHeartbeatSeconds())*time.Second, maxHeartbeat)
 	if s.heartbeat == 0 {
 		s.heartbeat = defaultHeartbeat

@@ -201,5 +201,5 @@ func (a *agent) drain(life context.Context) error {
 }
 
 func newAttachments(a *agent, configured []address.Address) *attachments {
-	return &attachments{agent: a, configured: configured, finder: a.gossip, links: map[address.Address]*link{}, peers: map[string]*link{}}
+	return &attachments{agent: a, configured: configured, finder: a.gossip, links: map[address.Address]*link{}, peers: map[string]*link{}, ids: map[*link]string{}}
 }

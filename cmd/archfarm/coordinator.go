@@ -44,7 +44,7 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.String("http", coordinator.DefaultHTTP, "where health and metrics are served; empty for nowhere")
 	flags.Bool("pprof", false, "serve Go's profiles on --http, under /debug/pprof/")
 	flags.String("gossip", coordinator.DefaultGossip, "host:port, TCP and UDP, by which workers find this coordinator; empty for none")
-	flags.String("advertise", "", "host:port that workers are told to dial (default: the first TCP address of --listen)")
+	flags.String("advertise", "", "host:port that workers and clients are told to dial (default: the first TCP address of --listen; for 0.0.0.0, this host by its name and addresses)")
 	tlsFlags(flags)
 	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
 	flags.Int("max-builds", coordinator.DefaultMaxBuilds, "how many builds may run or wait at a time; more are refused")

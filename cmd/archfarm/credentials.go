@@ -82,11 +82,18 @@ func workerCredentials(cmd *cobra.Command, cfg *worker.Config) (*enroll.Credenti
 		return nil, err
 	}
 	creds, err := enroll.Load(cfg.DataDir)
+	valid := err == nil && time.Now().Before(creds.NotAfter())
 	switch {
-	case err == nil && time.Now().Before(creds.NotAfter()):
-	case token != "":
+	case valid && (token == "" || enroll.JoinedWith(cfg.DataDir, token)):
+	case token != "": // perhaps a new one because the certificate was revoked
 		named, _ := flags.GetString("name")
-		if creds, err = join(cmd.Context(), token, named, cfg); err != nil {
+		joined, err := join(cmd.Context(), token, named, cfg)
+		switch {
+		case err == nil:
+			creds = joined
+		case valid && cmd.Context().Err() == nil:
+			cfg.Logger.Warn("the token is of no use; going on with the certificate that there is", "error", err, "certificate_until", creds.NotAfter())
+		default:
 			return nil, err
 		}
 	case errors.Is(err, fs.ErrNotExist):

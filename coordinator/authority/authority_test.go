@@ -289,6 +289,21 @@ func TestToken_SecretIsNeitherKeptNorLogged(t *testing.T) {
 	}
 }
 
+// Agents renew at two thirds of what the certificate says is its life.
+func TestJoin_AShortLifeIsNotOverAtItsBeginning(t *testing.T) {
+	t.Parallel()
+	r := open(t, t.TempDir(), nil)
+	for _, ttl := range []time.Duration{time.Minute, 2 * time.Minute, 6 * time.Minute, 24 * time.Hour} {
+		leaf, err := r.join(t, r.token(t, &archfarmv1.CreateTokenRequest{Kind: workerKind, CertificateTtl: durationpb.New(ttl)}), "w-"+ttl.String(), newKeyT(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if left := renewal(leaf).Sub(leaf.NotAfter.Add(-ttl)); left < ttl/2 {
+			t.Errorf("of %s, the first renewal comes after %s", ttl, left)
+		}
+	}
+}
+
 func TestRenew_KnowsWhomAndForgetsTheOldest(t *testing.T) {
 	t.Parallel()
 	r := open(t, t.TempDir(), nil)

@@ -88,7 +88,7 @@ func (i *issuer) sign(who identity.Identity, key crypto.PublicKey, from, until t
 		SerialNumber: serial(),
 		Subject:      pkix.Name{CommonName: commonName(who)},
 		URIs:         []*url.URL{who.URI()},
-		NotBefore:    from.Add(-clockSkew),
+		NotBefore:    from.Add(-min(clockSkew, until.Sub(from)/10)), // of a short life, little: it is renewed at two thirds
 		NotAfter:     until,
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},

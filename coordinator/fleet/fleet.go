@@ -6,6 +6,7 @@ package fleet
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -60,6 +61,7 @@ type Fleet struct {
 	orphans map[string]*time.Timer        // of names whose agent has left; severs their conns
 	serial  uint64
 	closed  chan struct{}
+	id      string // of this run, in Welcome
 }
 
 // New returns a fleet without workers. Changed is called after changes of the set
@@ -69,6 +71,7 @@ func New(log *slog.Logger, changed func([]*Worker)) *Fleet {
 	return &Fleet{
 		log: log, changed: changed, workers: map[string]*Worker{}, pending: map[string]*dialing{},
 		conns: map[string]map[*Conn]struct{}{}, orphans: map[string]*time.Timer{}, closed: make(chan struct{}),
+		id: rand.Text(),
 	}
 }
 
@@ -102,9 +105,12 @@ func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
 	if err != nil {
 		return err
 	}
+	if _, attached := f.Worker(w.Name); attached && slices.Contains(first.GetHello().GetAttachedTo(), f.id) {
+		return status.Errorf(codes.AlreadyExists, "attaching worker %s: it is attached, under another address of this coordinator", w.Name)
+	}
 	defer f.keyring.forget(w)
 	if err := stream.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Welcome{
-		Welcome: &archfarmv1.Welcome{HeartbeatSeconds: uint32(heartbeat / time.Second), GossipKeyring: f.keyring.hand(stream.Context(), w)},
+		Welcome: &archfarmv1.Welcome{HeartbeatSeconds: uint32(heartbeat / time.Second), GossipKeyring: f.keyring.hand(stream.Context(), w), CoordinatorId: f.id},
 	}}); err != nil {
 		return err
 	}

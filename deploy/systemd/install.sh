@@ -23,7 +23,7 @@ root=${DESTDIR:-} # where packages are made; empty on a machine
 [ -f "$archfarm" ] || die "$archfarm is not a file; make build or make cross makes one"
 if [ -z "$root" ]; then
 	[ "$(id -u)" = 0 ] || die "needs root"
-	command -v systemctl >/dev/null || die "this machine has no systemd; run archfarm $role by other means"
+	[ -d /run/systemd/system ] || die "systemd does not run here: run archfarm $role by other means"
 	"$archfarm" --version >/dev/null || die "$archfarm does not run here: is it for another kind of machine than $(uname -m)?"
 fi
 

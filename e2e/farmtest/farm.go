@@ -249,6 +249,9 @@ func (f *Farm) AddWorker(t T, spec WorkerSpec) *FarmWorker {
 func (f *Farm) RestartAgent(t T, w *FarmWorker) {
 	t.Helper()
 	spec := w.WorkerSpec
+	if w.DataDir == "" {
+		w.DataDir = Folder(t)
+	}
 	args := []string{"worker", "--name", spec.Name, "--buildkit", w.Buildkitd.Addr, "--slots", strconv.Itoa(spec.Slots), "--data-dir", w.DataDir}
 	if spec.Dials {
 		args = append(args, "--coordinator", strings.TrimPrefix(f.Addr, "tcp://"))

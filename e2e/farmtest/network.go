@@ -105,6 +105,12 @@ func (n *Network) Listening(t T) string {
 	return string(out)
 }
 
+// Free returns a port of Host that nobody listens on.
+func (n *Network) Free(t T) string {
+	t.Helper()
+	return strings.Replace(freePort(t), "127.0.0.1", n.Host, 1)
+}
+
 // command is how to run a program there; on this machine for nil.
 func (n *Network) command(path string, args []string) (string, []string) {
 	if n == nil {

@@ -31,6 +31,7 @@ const (
 	certFile         = "cert.pem"
 	keyFile          = "key.pem"
 	coordinatorsFile = "coordinators"
+	tokenFile        = "token" // the id of the token that the certificate was given for
 	nextFile         = "next.pem"
 
 	// maxFile bounds what is read of any of the files.
@@ -118,6 +119,17 @@ func Coordinators(dir string) []string {
 		return nil
 	}
 	return strings.Fields(string(data))
+}
+
+// JoinedWith tells whether the certificate in a folder, or the one that it was
+// renewed from, was given for this very token.
+func JoinedWith(dir, text string) bool {
+	token, err := identity.ParseToken(text)
+	if err != nil {
+		return false
+	}
+	id, err := file.Read(filepath.Join(dir, tokenFile), maxFile)
+	return err == nil && strings.TrimSpace(string(id)) == token.ID.String()
 }
 
 // TLS is for dialing a coordinator. It verifies the server as

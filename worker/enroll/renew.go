@@ -97,10 +97,11 @@ func (c *Credentials) KeepFresh(ctx context.Context, dial func(context.Context) 
 		return
 	}
 	backoff, jitter := time.Duration(0), rand.Float64() // no secret
+	rest := time.Duration(0)                            // after a success, however short the life
 	for {
 		wait := backoff
 		if backoff == 0 {
-			wait = min(c.due(jitter).Sub(c.now()), checkEvery)
+			wait = max(min(c.due(jitter).Sub(c.now()), checkEvery), rest)
 		}
 		if !sleep(ctx, wait) {
 			return
@@ -118,7 +119,7 @@ func (c *Credentials) KeepFresh(ctx context.Context, dial func(context.Context) 
 			backoff = time.Duration(float64(backoff) * (1 + rand.Float64()/4)) // no secret
 			continue
 		}
-		backoff = 0
+		backoff, rest = 0, minBackoff
 		c.logger().InfoContext(ctx, "certificate renewed", "expires", c.NotAfter())
 	}
 }

@@ -108,6 +108,7 @@ func install(dir string, n *next) error {
 	}{
 		{caFile, identity.EncodeCertificates(n.roots...), 0o644},
 		{coordinatorsFile, []byte(strings.Join(append(n.coordinators, ""), "\n")), 0o644},
+		{tokenFile, []byte(n.token + "\n"), 0o644},
 		{keyFile, key, 0o600},
 		{certFile, identity.EncodeCertificates(n.certificates...), 0o644},
 	} {

@@ -2277,8 +2277,12 @@ type Hello struct {
 	Report          *Report                `protobuf:"bytes,6,opt,name=report,proto3" json:"report,omitempty"`
 	// Pool that the worker offers itself to; where it has a certificate, that of
 	// the certificate. Empty: "default".
-	Pool          string            `protobuf:"bytes,7,opt,name=pool,proto3" json:"pool,omitempty"`
-	Labels        map[string]string `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Pool   string            `protobuf:"bytes,7,opt,name=pool,proto3" json:"pool,omitempty"`
+	Labels map[string]string `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Coordinators that the agent has streams to, by Welcome.coordinator_id: one
+	// that finds itself among them, with the worker attached, is known under
+	// several addresses, and answers ALREADY_EXISTS.
+	AttachedTo    []string `protobuf:"bytes,9,rep,name=attached_to,json=attachedTo,proto3" json:"attached_to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2365,6 +2369,13 @@ func (x *Hello) GetPool() string {
 func (x *Hello) GetLabels() map[string]string {
 	if x != nil {
 		return x.Labels
+	}
+	return nil
+}
+
+func (x *Hello) GetAttachedTo() []string {
+	if x != nil {
+		return x.AttachedTo
 	}
 	return nil
 }
@@ -2915,6 +2926,8 @@ type Welcome struct {
 	// The keys of the farm's gossip; absent when it is not encrypted, or the
 	// connection is not.
 	GossipKeyring *GossipKeyring `protobuf:"bytes,2,opt,name=gossip_keyring,json=gossipKeyring,proto3" json:"gossip_keyring,omitempty"`
+	// Unguessable, of this run of the coordinator.
+	CoordinatorId string `protobuf:"bytes,3,opt,name=coordinator_id,json=coordinatorId,proto3" json:"coordinator_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2961,6 +2974,13 @@ func (x *Welcome) GetGossipKeyring() *GossipKeyring {
 		return x.GossipKeyring
 	}
 	return nil
+}
+
+func (x *Welcome) GetCoordinatorId() string {
+	if x != nil {
+		return x.CoordinatorId
+	}
+	return ""
 }
 
 // Open asks for one connection to the worker's BuildKit.
@@ -3179,7 +3199,7 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x06report\x18\x02 \x01(\v2\x13.archfarm.v1.ReportH\x00R\x06report\x120\n" +
 	"\arefused\x18\x03 \x01(\v2\x14.archfarm.v1.RefusedH\x00R\arefused\x12'\n" +
 	"\x04done\x18\x04 \x01(\v2\x11.archfarm.v1.DoneH\x00R\x04doneB\t\n" +
-	"\amessage\"\xcc\x02\n" +
+	"\amessage\"\xed\x02\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tplatforms\x18\x02 \x03(\tR\tplatforms\x12\x18\n" +
@@ -3188,7 +3208,9 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\amachine\x18\x05 \x01(\tR\amachine\x12+\n" +
 	"\x06report\x18\x06 \x01(\v2\x13.archfarm.v1.ReportR\x06report\x12\x12\n" +
 	"\x04pool\x18\a \x01(\tR\x04pool\x126\n" +
-	"\x06labels\x18\b \x03(\v2\x1e.archfarm.v1.Hello.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\b \x03(\v2\x1e.archfarm.v1.Hello.LabelsEntryR\x06labels\x12\x1f\n" +
+	"\vattached_to\x18\t \x03(\tR\n" +
+	"attachedTo\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbe\x01\n" +
@@ -3232,10 +3254,11 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fACTION_DRAIN\x10\x01\x12\x11\n" +
 	"\rACTION_CORDON\x10\x02\x12\x13\n" +
-	"\x0fACTION_UNCORDON\x10\x03\"y\n" +
+	"\x0fACTION_UNCORDON\x10\x03\"\xa0\x01\n" +
 	"\aWelcome\x12+\n" +
 	"\x11heartbeat_seconds\x18\x01 \x01(\rR\x10heartbeatSeconds\x12A\n" +
-	"\x0egossip_keyring\x18\x02 \x01(\v2\x1a.archfarm.v1.GossipKeyringR\rgossipKeyring\"J\n" +
+	"\x0egossip_keyring\x18\x02 \x01(\v2\x1a.archfarm.v1.GossipKeyringR\rgossipKeyring\x12%\n" +
+	"\x0ecoordinator_id\x18\x03 \x01(\tR\rcoordinatorId\"J\n" +
 	"\x04Open\x12#\n" +
 	"\rconnection_id\x18\x01 \x01(\tR\fconnectionId\x12\x1d\n" +
 	"\n" +
