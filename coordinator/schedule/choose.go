@@ -155,10 +155,15 @@ func Runs(native []ocispecs.Platform, p ocispecs.Platform) bool {
 	return slices.ContainsFunc(native, func(n ocispecs.Platform) bool { return same(n, p) })
 }
 
-// served reports whether a worker that is not on its way out may run what is demanded.
+// served reports whether a worker may run what is demanded, sooner or later: one that
+// drains may come back, or its successor under the same name. Who insists on that very
+// worker has to be quicker.
 func served(workers []Worker, d Demand, emulated bool) bool {
 	for i := range workers {
-		if workers[i].State != Draining && runs(&workers[i], d, emulated) {
+		if workers[i].State == Draining && d.On != "" {
+			continue
+		}
+		if runs(&workers[i], d, emulated) {
 			return true
 		}
 	}

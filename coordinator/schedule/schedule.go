@@ -325,8 +325,8 @@ func (s *Scheduler) Snapshot() []Worker {
 	return slices.Clone(s.view)
 }
 
-// Native reports whether an attached worker that is not draining, of those pools if
-// any are named, runs p natively.
+// Native reports whether an attached worker, of those pools if any are named, runs p
+// natively.
 func (s *Scheduler) Native(p ocispecs.Platform, pools ...string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -334,7 +334,7 @@ func (s *Scheduler) Native(p ocispecs.Platform, pools ...string) bool {
 }
 
 // Emulates reports whether what is demanded would be emulated: no attached worker of
-// its pools is native to it, and one that is not draining emulates it and is allowed to.
+// its pools is native to it, and one emulates it and is allowed to.
 func (s *Scheduler) Emulates(d Demand) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -171,11 +171,14 @@ func TestScheduler_ReportedLoadAndGrantsCountOnce(t *testing.T) {
 func TestScheduler_EnqueueRefusesWhatNobodyServes(t *testing.T) {
 	t.Parallel()
 	s := old(worker("a", 1, 0, amd64), worker("b", 1, 0, arm64).in(Draining, ""))
-	for _, test := range []struct{ platform, text string }{
-		{"linux/s390x", "no native worker for linux/s390x: the farm has linux/amd64 (1), linux/arm64 (1)"},
-		{arm64, "no native worker for linux/arm64: 1 draining; the farm has linux/amd64 (1), linux/arm64 (1)"},
+	for _, test := range []struct {
+		demand Demand
+		text   string
+	}{
+		{Demand{Platform: platform("linux/s390x")}, "no native worker for linux/s390x: the farm has linux/amd64 (1), linux/arm64 (1)"},
+		{Demand{Platform: platform(arm64), On: "b"}, "no native worker for linux/arm64: 1 draining; the farm has linux/amd64 (1), linux/arm64 (1)"},
 	} {
-		_, err := s.Enqueue([]Demand{{Platform: platform(amd64)}, {Platform: platform(test.platform)}})
+		_, err := s.Enqueue([]Demand{{Platform: platform(amd64)}, test.demand})
 		if err == nil || err.Error() != test.text {
 			t.Errorf("got %v, want %s", err, test.text)
 		}
@@ -188,10 +191,23 @@ func TestScheduler_EnqueueRefusesWhatNobodyServes(t *testing.T) {
 	}
 }
 
+// A drain kills nothing, what comes later included.
+func TestScheduler_WaitsForADrainedWorkerToComeBack(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := old(worker("b", 1, 0, arm64).in(Draining, "drained by an operator"))
+		ticket := enqueue(t, s, arm64)
+		w := wait(t.Context(), ticket, 0)
+		w.still(t, 0, "linux/arm64: 1 draining")
+		s.Update([]Worker{worker("b", 1, 0, arm64)})
+		synctest.Wait()
+		w.on(t, "b")
+	})
+}
+
 func TestScheduler_Native(t *testing.T) {
 	t.Parallel()
 	s := old(worker("a", 1, 1, amd64, "linux/amd64/v2").in(Unavailable, ""), worker("b", 1, 0, arm64).in(Draining, ""))
-	for name, want := range map[string]bool{amd64: true, "linux/amd64/v2": true, "linux/amd64/v3": false, arm64: false} {
+	for name, want := range map[string]bool{amd64: true, "linux/amd64/v2": true, "linux/amd64/v3": false, arm64: true} {
 		if got := s.Native(platform(name)); got != want {
 			t.Errorf("%s: got %v, want %v", name, got, want)
 		}

@@ -152,7 +152,7 @@ func (f *farm) enqueue(t *rapid.T) {
 		}
 		found := false
 		for _, m := range f.machines {
-			found = found || m.attached && m.worker.State != Draining && f.may(m, demands[i])
+			found = found || m.attached && f.may(m, demands[i])
 		}
 		servable = servable && found
 	}
