@@ -22,7 +22,7 @@ import (
 //
 // Run it with -benchtime 1x.
 func BenchmarkConvergence(b *testing.B) {
-	for _, members := range []int{10, 100, 300} {
+	for _, members := range []int{10, 30, 100} {
 		b.Run(fmt.Sprintf("members=%d", members), func(b *testing.B) {
 			for b.Loop() {
 				measureConvergence(b, members)
