@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 )
@@ -78,7 +79,11 @@ func (a Address) Local() bool {
 		return true
 	}
 	host, _, err := net.SplitHostPort(a.Addr)
-	return err == nil && (host == "localhost" || net.ParseIP(host).IsLoopback())
+	if err != nil {
+		return false
+	}
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.Unmap().IsLoopback()
 }
 
 // Dial connects to a. The error names a.

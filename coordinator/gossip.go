@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"path/filepath"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/gossip"
 )
 
@@ -67,7 +66,7 @@ func (c *Config) keyring() (gossip.Keyring, error) {
 	switch {
 	case len(c.GossipKey) > 0:
 		ring = gossip.Keyring{c.GossipKey}
-	case c.Insecure || staysHere(c.Gossip): // then workers could not be told one, or need not be
+	case c.Insecure || (address.Address{Network: "tcp", Addr: c.Gossip}).Local(): // then workers could not be told one, or need not be
 		return nil, nil
 	case len(c.Join) > 0:
 		return nil, errors.New("gossip: there are members to join, and no key that they understand: copy gossip.keyring from the data folder of another coordinator and name it with --gossip-key-file")
@@ -90,14 +89,4 @@ func (c *Config) changeKeyring(node *gossip.Node, next gossip.Keyring) error {
 		return errors.Join(fmt.Errorf("using the stored gossip keys: %w", err), gossip.StoreKeyring(c.keyringPath(), former))
 	}
 	return nil
-}
-
-// staysHere tells whether what is sent at an address does not leave the machine.
-func staysHere(hostPort string) bool {
-	host, _, err := net.SplitHostPort(hostPort)
-	if err != nil {
-		return false
-	}
-	ip, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && ip.IsLoopback()
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/archfarm/archfarm/address"
@@ -28,7 +29,7 @@ var errRevoked = errors.New("its certificate was revoked")
 
 // openAuthority opens the farm's certificates, and the door that goes by them.
 func (c *coordinator) openAuthority(workers *fleet.Fleet) (err error) {
-	hosts := append(c.cfg.TLSHosts, ownHosts(c.cfg)...)
+	hosts := slices.Concat(c.cfg.TLSHosts, ownHosts(c.cfg))
 	c.authority, err = authority.Open(authority.Config{
 		Dir: c.cfg.DataDir, Name: c.cfg.Name, Hosts: hosts,
 		CACert: c.cfg.CACert, CAKey: c.cfg.CAKey, TLSCert: c.cfg.TLSCert, TLSKey: c.cfg.TLSKey,
@@ -55,7 +56,7 @@ func (c *coordinator) administrated() []address.Address {
 		return c.cfg.Listen
 	}
 	c.door.AdminSocket = path
-	return append(c.cfg.Listen[:len(c.cfg.Listen):len(c.cfg.Listen)], address.Address{Network: "unix", Addr: path})
+	return slices.Concat(c.cfg.Listen, []address.Address{{Network: "unix", Addr: path}})
 }
 
 // warnOfPlaintext says what --insecure means, while it is not too late.
@@ -70,7 +71,7 @@ func (c *coordinator) warnOfPlaintext() {
 // ownHosts are the names and addresses by which clients may know this machine.
 func ownHosts(cfg Config) []string {
 	var hosts []string
-	for _, a := range append(cfg.Listen, address.Address{Network: "tcp", Addr: cfg.Advertise}) {
+	for _, a := range slices.Concat(cfg.Listen, []address.Address{{Network: "tcp", Addr: cfg.Advertise}}) {
 		if host, _, err := net.SplitHostPort(a.Addr); err == nil && a.Network == "tcp" && host != "" && !net.ParseIP(host).IsUnspecified() {
 			hosts = append(hosts, host)
 		}

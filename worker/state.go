@@ -4,16 +4,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"unicode"
 
-	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
-
 	"github.com/archfarm/archfarm/file"
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
 const (
@@ -94,15 +92,10 @@ func loadOrder(dir string) (order, error) {
 		return order{}, nil
 	}
 	path := filepath.Join(dir, stateFile)
-	f, err := os.Open(path) //nolint:gosec // the operator's own folder
+	raw, err := file.Read(path, maxState)
 	if errors.Is(err, fs.ErrNotExist) {
 		return order{}, nil
 	}
-	if err != nil {
-		return order{}, fmt.Errorf("reading the worker's state: %w", err)
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxState))
 	if err != nil {
 		return order{}, fmt.Errorf("reading the worker's state: %w", err)
 	}

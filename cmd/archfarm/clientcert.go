@@ -17,9 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/identity"
@@ -115,15 +113,10 @@ func clientFarm(cmd *cobra.Command) ([]string, error) {
 func joinAsClient(cmd *cobra.Command, token, dir string, coordinators []string) (*enroll.Credentials, error) {
 	req := enroll.Request{Token: token, Kinds: []identity.Kind{identity.Client, identity.Admin}, Coordinators: coordinators, Dir: dir}
 	req.Name, _ = cmd.Flags().GetString("name")
-	creds, err := enroll.Join(cmd.Context(), req)
-	if req.Name == "" && status.Code(err) == codes.InvalidArgument { // the token is for any name
-		if _, bad := identity.ParseToken(token); bad != nil {
-			return nil, usageError{bad}
-		}
-		req.Name = defaultClient()
-		creds, err = enroll.Join(cmd.Context(), req)
+	if _, bad := identity.ParseToken(token); bad != nil && req.Name == "" {
+		return nil, usageError{bad}
 	}
-	return creds, err
+	return joinAs(cmd.Context(), req, defaultClient())
 }
 
 // defaultClient is whom a client's certificate is for that nobody has named.

@@ -157,11 +157,7 @@ func join(ctx context.Context, token, named string, cfg *worker.Config) (*enroll
 	for {
 		for _, coordinators := range ask {
 			request := enroll.Request{Token: token, Kinds: []identity.Kind{identity.Worker}, Coordinators: coordinators, Name: named, Dir: cfg.DataDir, Logger: log}
-			creds, err := enroll.Join(ctx, request)
-			if named == "" && status.Code(err) == codes.InvalidArgument { // the token is for any name
-				request.Name = cfg.Name
-				creds, err = enroll.Join(ctx, request)
-			}
+			creds, err := joinAs(ctx, request, cfg.Name)
 			if err == nil {
 				log.Info("joined the farm", "as", creds.Identity().String(), "pool", creds.Identity().Pools[0], "certificate_until", creds.NotAfter())
 				forgetJoin(cfg, coordinators)
@@ -178,6 +174,17 @@ func join(ctx context.Context, token, named string, cfg *worker.Config) (*enroll
 			return nil, fmt.Errorf("joining the farm: %w", context.Cause(ctx))
 		}
 	}
+}
+
+// joinAs joins under the name that is asked for; without one, under the token's
+// own, or else the usual one.
+func joinAs(ctx context.Context, req enroll.Request, usual string) (*enroll.Credentials, error) {
+	creds, err := enroll.Join(ctx, req)
+	if req.Name == "" && status.Code(err) == codes.InvalidArgument { // the token is for any name
+		req.Name = usual
+		return enroll.Join(ctx, req)
+	}
+	return creds, err
 }
 
 // forgetJoin takes a coordinator that --join named out of the gossip's seeds.
