@@ -93,9 +93,7 @@ func (s *stream) greet(life context.Context) error {
 	hello.Report, _ = s.link.set.agent.slots.report()
 	hello.AttachedTo = s.link.set.attachedTo(s.link)
 	err := s.rpc.Send(&archfarmv1.AttachRequest{Message: &archfarmv1.AttachRequest_Hello{Hello: hello}})
-	if err != nil {
-		// Send says EOF, and leaves the reason to Recv.
-		_, err = s.rpc.Recv()
+	if err != nil && !errors.Is(err, io.EOF) { // EOF leaves the reason to Recv
 		return fmt.Errorf("saying hello: %w", err)
 	}
 	first, err := s.rpc.Recv()
