@@ -73,7 +73,9 @@ func TestFleet_OnlyTheRightGossipKeyJoins(t *testing.T) {
 		Workers:         []farmtest.WorkerSpec{{Name: "amd-1", Slots: 1, Args: []string{"--gossip-key", key}}},
 		CoordinatorArgs: []string{"--gossip-key", key},
 	})
-	for name, args := range map[string][]string{"wrong": {"--gossip-key", wrong}, "none": nil} {
+	// In this order: one source is warned of once a minute.
+	for _, name := range []string{"wrong", "none"} {
+		args := map[string][]string{"wrong": {"--gossip-key", wrong}}[name]
 		w := r.Farm.AddWorker(t, farmtest.WorkerSpec{Name: name, Slots: 1, Args: args})
 		w.Agent.WaitOutput(t, startLimit, "a log line about a join that went wrong", lineAbout("joining"))
 		if name == "none" {
