@@ -1,0 +1,6 @@
+//go:build !archfarm_faults
+
+package fault
+
+// Point does nothing.
+func Point(string) {}
