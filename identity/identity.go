@@ -186,6 +186,12 @@ func NewContext(ctx context.Context, i Identity) context.Context {
 
 // FromContext returns who is calling; Local where nobody has said.
 func FromContext(ctx context.Context) Identity {
-	i, _ := ctx.Value(contextKey{}).(Identity)
+	i, _ := Lookup(ctx)
 	return i
+}
+
+// Lookup is FromContext, and whether somebody has said.
+func Lookup(ctx context.Context) (Identity, bool) {
+	i, ok := ctx.Value(contextKey{}).(Identity)
+	return i, ok
 }

@@ -29,8 +29,9 @@ type transport struct {
 // Info is what is known of a call's connection.
 type Info struct {
 	credentials.AuthInfo
-	cert *x509.Certificate
-	id   identity.Identity
+	cert   *x509.Certificate
+	id     identity.Identity
+	inside bool // each call says on whose behalf it is
 }
 
 // Certificate is the caller's; nil for none.
@@ -50,6 +51,7 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	if over, ok := secured(raw); ok {
 		info.cert, info.id = over.cert, over.id
 	}
+	_, info.inside = raw.(insideConn)
 	return conn, info, nil
 }
 
@@ -82,18 +84,29 @@ func (d *Door) Caller(ctx context.Context, method string) (context.Context, erro
 	if !ok {
 		return nil, status.Errorf(codes.Internal, "%s: the caller's connection came through no door", method)
 	}
-	who := info.id
-	if info.cert != nil {
-		var err error
-		if who, err = d.authority.Check(info.cert); err != nil {
-			return nil, status.Errorf(codes.Unauthenticated, "%s: %v", method, err)
-		}
+	who, err := d.identify(ctx, info, method)
+	if err != nil {
+		return nil, err
 	}
 	if err := allowed(who, method); err != nil {
 		d.log.Info("refused a call", "method", method, "identity", who.String(), "remote", p.Addr.String())
 		return nil, err
 	}
 	return identity.NewContext(ctx, who), nil
+}
+
+func (d *Door) identify(ctx context.Context, info Info, method string) (identity.Identity, error) {
+	switch {
+	case info.inside:
+		return behalf(ctx, method)
+	case info.cert != nil:
+		who, err := d.authority.Check(info.cert)
+		if err != nil {
+			return who, status.Errorf(codes.Unauthenticated, "%s: %v", method, err)
+		}
+		return who, nil
+	}
+	return info.id, nil
 }
 
 // allowed says who may make which calls.
@@ -115,7 +128,7 @@ func allowed(who identity.Identity, method string) error {
 		}
 	case service == "archfarm.v1.AgentService":
 		ok = who.Kind == identity.Worker || who.Kind == identity.Local
-	default: // BuildKit's API, FleetService
+	default: // BuildKit's API, FleetService, JobService and what belongs to it
 		ok = who.Builds()
 	}
 	if !ok {
