@@ -57,24 +57,29 @@ SUITE = buildx
 conformance: setup build tools ## buildx's integration suite on a plain buildkitd and on a farm (root; SUITE=client)
 	@$(GO) run ./conformance -suite $(SUITE) $(FLAGS)
 
-lint: lint-tools ## go vet, golangci-lint, buf lint
+lint: lint-tools ## go vet, golangci-lint, buf lint, buf breaking
 	$(GO) vet ./...
 	$(TOOLS)/golangci-lint run ./...
 	$(TOOLS)/buf lint
+	$(TOOLS)/buf breaking --against proto/api.txtpb
 
-deploy-check: setup build ## units, plist, user data, alerting rules and the guides' commands
+deploy-check: setup build $(TOOLS)/actionlint ## units, plist, user data, alerting rules and the guides' commands
 	@deploy/check.sh
 
-generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## proto/**/*.pb.go from proto/**/*.proto
+# proto/api.txtpb is what clients may rely on. It grows with the API; a change that breaks them is refused here, and by
+# make lint, unless the file is removed first, which the change then shows.
+generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc $(TOOLS)/protoc-gen-grpc-gateway ## proto/**/*.pb.go and proto/api.txtpb from proto/**/*.proto
 	PATH="$$PWD/$(TOOLS):$$PATH" $(TOOLS)/buf generate
+	test ! -e proto/api.txtpb || $(TOOLS)/buf breaking --against proto/api.txtpb
+	$(TOOLS)/buf build --exclude-source-info --output proto/api.txtpb
 
 setup: ## install the Debian packages that test and demo need (root)
 	@if [ "$$(id -u)" = 0 ]; then deploy/setup.sh; else deploy/setup.sh || echo "not root: going on without"; fi
 
-tools: $(TOOLS)/buildkitd $(TOOLS)/buildctl $(TOOLS)/buildx $(TOOLS)/registry ## buildkitd, buildctl, buildx, registry in bin/tools
+tools: $(TOOLS)/buildkitd $(TOOLS)/buildctl $(TOOLS)/buildx $(TOOLS)/registry $(TOOLS)/grpcurl ## buildkitd, buildctl, buildx, registry, grpcurl in bin/tools
 arm64vm: $(TOOLS)/buildkitd-linux-arm64 cross-linux-arm64 ## what the arm64 machine runs, and its image
 	@deploy/arm64vm/image.sh >/dev/null
-lint-tools: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc $(TOOLS)/golangci-lint ## buf, its plugins and golangci-lint in bin/tools
+lint-tools: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc $(TOOLS)/protoc-gen-grpc-gateway $(TOOLS)/golangci-lint $(TOOLS)/actionlint ## buf, its plugins, golangci-lint and actionlint in bin/tools
 
 $(TOOLS)/buildkitd: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
@@ -96,11 +101,19 @@ $(TOOLS)/registry: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
 	@echo "building $@ (once)"
 	@$(RUNTIME) -ldflags "-s -w" -o ../../$@ github.com/distribution/distribution/v3/cmd/registry
+$(TOOLS)/grpcurl: tools/runtime/go.mod tools/runtime/go.sum
+	@mkdir -p $(TOOLS)
+	@echo "building $@ (once)"
+	@$(RUNTIME) -ldflags "-s -w" -o ../../$@ github.com/fullstorydev/grpcurl/cmd/grpcurl
 
 $(TOOLS)/buf: tools/lint/go.mod tools/lint/go.sum
 	@mkdir -p $(TOOLS)
 	@echo "building $@ (once)"
 	@cd tools/lint && $(LINTER) -o ../../$@ github.com/bufbuild/buf/cmd/buf
+$(TOOLS)/actionlint: tools/lint/go.mod tools/lint/go.sum
+	@mkdir -p $(TOOLS)
+	@echo "building $@ (once)"
+	@cd tools/lint && $(LINTER) -o ../../$@ github.com/rhysd/actionlint/cmd/actionlint
 $(TOOLS)/golangci-lint: tools/golangci/go.mod tools/golangci/go.sum
 	@mkdir -p $(TOOLS)
 	@echo "building $@ (once)"
@@ -114,6 +127,10 @@ $(TOOLS)/protoc-gen-go-grpc: go.mod
 	@mkdir -p $(TOOLS)
 	@echo "building $@ (once)"
 	@$(LINTER) -o $@ google.golang.org/grpc/cmd/protoc-gen-go-grpc
+$(TOOLS)/protoc-gen-grpc-gateway: go.mod
+	@mkdir -p $(TOOLS)
+	@echo "building $@ (once)"
+	@$(LINTER) -o $@ github.com/grpc-ecosystem/grpc-gateway/v2/protoc-gen-grpc-gateway
 
 clean: ## remove bin/, tools included
 	rm -rf $(BIN)

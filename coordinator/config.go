@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/identity"
 )
 
@@ -20,6 +22,16 @@ const (
 	DefaultDrainTimeout = 10 * time.Minute
 	DefaultMaxBuilds    = 1000
 	DefaultMaxSessions  = 4000
+	DefaultMaxJobs      = 100
+	DefaultJobTimeout   = 6 * time.Hour
+	DefaultJobAttempts  = 3
+	DefaultJobRetention = 30 * 24 * time.Hour
+	// DefaultLease is how long a job of a coordinator that was killed stays its own.
+	DefaultLease = 15 * time.Second
+	// StoreFile is the database's name in DataDir.
+	StoreFile = "archfarm.db"
+	// DefaultMaxContext bounds an uploaded context, in bytes.
+	DefaultMaxContext = 8 << 30
 )
 
 // Config is how a coordinator runs.
@@ -79,6 +91,23 @@ type Config struct {
 	// AllowEmulation names the pools whose workers may emulate platforms that no worker
 	// runs natively.
 	AllowEmulation []string
+	// Store is where jobs, tags and secrets are kept: empty for a database in DataDir,
+	// or the URL of a PostgreSQL that several coordinators share.
+	Store string
+	// SecretsKeyFile encrypts the secrets in Store; empty: one in DataDir. Coordinators
+	// that share a store need the same.
+	SecretsKeyFile string
+	// Policy says which tags may be moved.
+	Policy publish.Policy
+	// MaxJobs is how many jobs run at a time on this coordinator, those whose legs
+	// wait for a worker included. The others wait in the store.
+	MaxJobs int
+	// JobTimeout and JobAttempts hold for jobs that do not say. JobRetention is for how
+	// long ended jobs are kept, JobLease how long a lost coordinator's jobs rest.
+	JobTimeout, JobRetention, JobLease time.Duration
+	JobAttempts                        int
+	// MaxContext bounds an uploaded context, in bytes.
+	MaxContext int64
 	// Stop, when closed, ends the wait for running builds.
 	Stop <-chan struct{}
 	// Version of this program.
@@ -113,6 +142,7 @@ func (c *Config) validate() error {
 	if c.MaxSessions <= 0 {
 		c.MaxSessions = DefaultMaxSessions
 	}
+	c.jobDefaults()
 	for _, pool := range c.AllowEmulation {
 		if !identity.ValidName(pool) {
 			return fmt.Errorf("--allow-emulation %q: no pool can be called that: use letters, digits, '.', '_' and '-'", pool)
@@ -131,6 +161,16 @@ func (c *Config) validate() error {
 	}
 	c.Name = strings.ToLower(c.Name)
 	return nil
+}
+
+// jobDefaults fills in what nobody has said of jobs.
+func (c *Config) jobDefaults() {
+	c.MaxJobs = cmp.Or(max(c.MaxJobs, 0), DefaultMaxJobs)
+	c.JobAttempts = cmp.Or(max(c.JobAttempts, 0), DefaultJobAttempts)
+	c.JobTimeout = cmp.Or(max(c.JobTimeout, 0), DefaultJobTimeout)
+	c.JobRetention = cmp.Or(max(c.JobRetention, 0), DefaultJobRetention)
+	c.JobLease = cmp.Or(max(c.JobLease, 0), DefaultLease)
+	c.MaxContext = cmp.Or(max(c.MaxContext, 0), DefaultMaxContext)
 }
 
 // advertised is the gRPC address that gossip tells.

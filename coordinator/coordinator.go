@@ -28,6 +28,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
 
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/coordinator/access"
@@ -37,6 +38,8 @@ import (
 	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/history"
+	"github.com/archfarm/archfarm/coordinator/job"
+	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
 	"github.com/archfarm/archfarm/coordinator/trace"
@@ -69,6 +72,10 @@ type coordinator struct {
 
 	authority *authority.Authority
 	door      *access.Door
+	state     *state
+	publisher *publish.Publisher
+	jobs      *job.Service
+	inside    *access.Inside
 	bound     atomic.Pointer[Bound] // nil until all addresses are
 }
 
@@ -87,7 +94,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("starting the coordinator: %w", err)
 	}
-	return errors.Join(c.run(ctx), c.closeHistory(ctx), c.authority.Close())
+	return errors.Join(c.run(ctx), c.closeHistory(ctx), c.closeJobs(), c.authority.Close())
 }
 
 func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) {
@@ -123,6 +130,9 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	}
 	if err := c.openAuthority(workers); err != nil {
 		return nil, errors.Join(err, c.closeHistory(ctx))
+	}
+	if err := c.openJobs(ctx); err != nil {
+		return nil, errors.Join(err, c.closeHistory(ctx), c.authority.Close())
 	}
 	return c, nil
 }
@@ -162,7 +172,12 @@ func (c *coordinator) run(ctx context.Context) error {
 	}
 	defer closeAll(listeners)
 	server := c.server()
-	web, webListener, err := c.web(ctx, &bound)
+	calls, err := c.inside.Client()
+	if err != nil {
+		return err
+	}
+	defer calls.Close()
+	web, webListener, err := c.web(ctx, calls, &bound)
 	if err != nil {
 		return err
 	}
@@ -179,7 +194,9 @@ func (c *coordinator) run(ctx context.Context) error {
 	c.log.Info("coordinator serves", "listen", fmt.Sprint(bound.Listen), "http", bound.HTTP, "gossip", bound.Gossip, "version", c.cfg.Version)
 
 	serving, ctx := errgroup.WithContext(ctx) // a server that fails ends the others
-	for _, l := range listeners {
+	working, rest := context.WithCancel(context.WithoutCancel(ctx))
+	serving.Go(func() error { c.work(working); return nil })
+	for _, l := range append(listeners[:len(listeners):len(listeners)], c.inside) {
 		serving.Go(func() error {
 			if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) { // stopped before it had begun
 				return err
@@ -195,6 +212,7 @@ func (c *coordinator) run(ctx context.Context) error {
 	})
 	<-ctx.Done()
 	drained := c.drain(ctx)
+	rest()
 	c.stop(ctx, server, web)
 	if members != nil {
 		if err := members.Close(context.WithoutCancel(ctx)); err != nil { // ctx has ended, the farewell has its own bound
@@ -217,10 +235,7 @@ func (c *coordinator) drain(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	}()
-	if err := c.builds.Drain(ctx); err != nil {
-		return fmt.Errorf("stopped while builds were running: %w", err)
-	}
-	return nil
+	return c.drainAll(ctx)
 }
 
 // stop ends the servers: gently, as all builds are over, but not for long.
@@ -294,6 +309,8 @@ func (c *coordinator) server() *grpc.Server {
 	archfarmv1.RegisterAgentServiceServer(server, c.farm.Fleet)
 	archfarmv1.RegisterFleetServiceServer(server, &endpoint.Fleet{FleetServiceServer: c.farm.Fleet, Builds: c.builds, Scheduler: c.farm.Scheduler})
 	archfarmv1.RegisterAuthorityServiceServer(server, c.authority)
+	c.jobs.Register(server)
 	healthpb.RegisterHealthServer(server, c.health)
+	reflection.Register(server)
 	return server
 }

@@ -56,7 +56,7 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 	if err := c.send(ctx, b, images); err != nil {
 		return nil, err
 	}
-	if err := c.publish(ctx, b, req.GetSession(), images); err != nil {
+	if err := c.publish(ctx, b, req, images); err != nil {
 		return nil, err
 	}
 	response = answer(exported, images)
@@ -103,25 +103,18 @@ func (c *coordinator) send(ctx context.Context, b *dispatch.Build, images []imag
 	return group.Wait()
 }
 
-// publish points every name of the images at them, one after the other: when one
+// publish points every name of the images at them, as the tag policy allows: when one
 // cannot be moved, the error tells which names were.
-func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, session string, images []image) error {
+func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, req *controlapi.SolveRequest, images []image) error {
 	var done []string
 	for _, i := range images {
-		if i.Kind != split.KindImage {
+		if i.Kind != split.KindImage || len(i.publication.Names) == 0 {
 			continue
 		}
-		registry := publish.Registry{Sessions: c.farm.Sessions.Manager(), Session: session, Insecure: i.publication.Insecure}
-		for _, name := range i.publication.Names {
-			step := b.Progress.Step("pushing manifest for " + name)
-			step.Start()
-			err := registry.Push(ctx, name, i.publication.ByDigest, i.Content)
-			step.Done(err)
-			if err != nil {
-				return publish.Partly(err, done)
-			}
-			done = append(done, name)
+		if err := c.publisher.Publish(ctx, c.publication(ctx, req, i), observer{b}); err != nil {
+			return publish.Partly(err, done)
 		}
+		done = append(done, i.publication.Names...)
 	}
 	return nil
 }

@@ -14,13 +14,19 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"google.golang.org/grpc"
 
+	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/coordinator/access"
 	"github.com/archfarm/archfarm/coordinator/dispatch"
+	"github.com/archfarm/archfarm/coordinator/httpapi"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 )
 
-// web serves health and metrics. It returns an idle server when no address is configured.
-func (c *coordinator) web(ctx context.Context, bound *Bound) (*http.Server, net.Listener, error) {
+// web serves health and metrics to everybody, and jobs to those who may call them,
+// by the connection that it is given. It returns an idle server when no address is
+// configured.
+func (c *coordinator) web(ctx context.Context, calls grpc.ClientConnInterface, bound *Bound) (*http.Server, net.Listener, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -36,17 +42,26 @@ func (c *coordinator) web(ctx context.Context, bound *Bound) (*http.Server, net.
 		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute}
+	server := &http.Server{
+		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute,
+		Protocols: access.HTTPProtocols(), ConnContext: c.door.ConnContext,
+	}
 	if c.cfg.HTTP == "" {
 		return server, closedListener{}, nil
 	}
 	var config net.ListenConfig
 	l, err := config.Listen(ctx, "tcp", c.cfg.HTTP)
 	if err != nil {
-		return nil, nil, fmt.Errorf("listening on %s for health and metrics: %w", c.cfg.HTTP, err)
+		return nil, nil, fmt.Errorf("listening on %s for health, metrics and jobs: %w", c.cfg.HTTP, err)
 	}
+	api, err := httpapi.New(ctx, calls, httpapi.Options{Metrics: c.metrics, MaxArchive: c.cfg.MaxContext})
+	if err != nil {
+		_ = l.Close()
+		return nil, nil, fmt.Errorf("serving jobs over HTTP: %w", err)
+	}
+	mux.Handle("/v1/", c.door.Identified(api))
 	bound.HTTP = l.Addr().String()
-	return server, l, nil
+	return server, c.door.HTTP(l, address.Address{Network: "tcp", Addr: bound.HTTP}, c.cfg.Insecure), nil
 }
 
 // closedListener serves nobody.

@@ -29,13 +29,18 @@ func served(t *testing.T, cfg Config) (c *coordinator, get func(method, path str
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := c.closeHistory(context.WithoutCancel(t.Context())); err != nil {
+		if err := errors.Join(c.closeHistory(context.WithoutCancel(t.Context())), c.closeJobs()); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Cleanup(c.farm.Fleet.Close)
 	var bound Bound
-	server, listener, err := c.web(t.Context(), &bound)
+	calls, err := c.inside.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = calls.Close() })
+	server, listener, err := c.web(t.Context(), calls, &bound)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +134,7 @@ func TestWeb_NowhereWhenNoAddressIsGiven(t *testing.T) {
 	t.Parallel()
 	c := &coordinator{}
 	var bound Bound
-	server, listener, err := c.web(t.Context(), &bound)
+	server, listener, err := c.web(t.Context(), nil, &bound)
 	if err != nil || bound.HTTP != "" {
 		t.Fatalf("bound to %q, %v", bound.HTTP, err)
 	}
@@ -146,7 +151,7 @@ func TestWeb_AddressInUse(t *testing.T) {
 	}
 	defer other.Close()
 	c := &coordinator{cfg: Config{HTTP: other.Addr().String()}}
-	_, _, err = c.web(context.Background(), &Bound{})
+	_, _, err = c.web(context.Background(), nil, &Bound{})
 	if err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
 		t.Errorf("got %v", err)
 	}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks what is under deploy/, and the commands of the guides in docs/, without starting any of it: units, launchd's
 # plist, user data, Lima's template, alerting rules, and that every flag, setting and metric that they name exists.
-# Needs bin/archfarm, systemd-analyze, python3 and apt-get; `.ci/run setup build deploy`.
+# Needs bin/archfarm, bin/tools/actionlint, shellcheck, systemd-analyze, python3 and apt-get; `.ci/run setup tools build deploy`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -150,7 +150,7 @@ alerts() {
 # Lines of the guides' code blocks that run archfarm, with what continues them. Capitals, as in NAME, are placeholders.
 guides() {
 	local guide line
-	for guide in docs/operations.md docs/macos.md README.md; do
+	for guide in docs/operations.md docs/macos.md docs/ci.md README.md; do
 		while read -r line; do
 			# shellcheck disable=SC2086 # one word an argument; no guide quotes one
 			accepts "$guide" $line
@@ -159,7 +159,28 @@ guides() {
 	done
 }
 
+# The pipelines: GitHub's by actionlint, which has shellcheck look at its scripts; the scripts that it starts are shellchecked
+# with all others. The guide quotes the files as they are.
+pipelines() {
+	bin/tools/actionlint -no-color deploy/ci/github-actions.yml >"$work/log" 2>&1 || complain "$(cat "$work/log")"
+	python3 - <<'END' || complain "see above"
+import subprocess, sys, yaml
+
+guide = open("docs/ci.md").read()
+for name in ["pipeline.sh", "github-actions.yml", "gitlab-ci.yml"]:
+    if "\n" + open("deploy/ci/" + name).read() + "```\n" not in guide:
+        sys.exit(f"docs/ci.md does not quote deploy/ci/{name} as it is")
+pipeline = yaml.safe_load(open("deploy/ci/gitlab-ci.yml"))
+for name in pipeline["stages"]:
+    job = pipeline[name]
+    script = "\n".join(job.get("before_script", []) + job["script"])
+    run = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC2154", "-"], input=script, text=True, capture_output=True) # GitLab's variables
+    if job["stage"] != name or run.returncode:
+        sys.exit(f"deploy/ci/gitlab-ci.yml, {name}: {run.stdout}{run.stderr}")
+END
+}
+
 unpack
-for check in units installed rendered user_data parsed alerts guides; do "$check"; done
+for check in units installed rendered user_data parsed alerts guides pipelines; do "$check"; done
 [ -z "$failed" ] || exit 1
 echo "deploy: units, plist, user data, templates, rules and the guides' commands are in order"

@@ -20,7 +20,8 @@ status=0
 # Before the first test starts, so that none of them competes with the compiler.
 echo "test: compiling with the race detector"
 go build -race ./...
-[ -z "$root" ] || go build -race -o bin/archfarm-race ./cmd/archfarm
+# The tag lets tests kill it at the moments of package fault.
+[ -z "$root" ] || go build -race -tags archfarm_faults -o bin/archfarm-race ./cmd/archfarm
 
 run() { # NAME ARGUMENT… of go test
 	local name=$1 began=$SECONDS

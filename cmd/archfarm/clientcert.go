@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/client"
 	"github.com/archfarm/archfarm/identity"
 	"github.com/archfarm/archfarm/worker/enroll"
 )
@@ -145,7 +146,7 @@ func renewAtAny(ctx context.Context, creds *enroll.Credentials, coordinators []s
 		errs = append(errs, errors.New("no coordinator is known: name one with --farm"))
 	}
 	for _, a := range list {
-		conn, err := farm{a, credentials.NewTLS(creds.TLS())}.dial()
+		conn, err := client.Connect(a, credentials.NewTLS(creds.TLS()))
 		if err == nil {
 			err = creds.Renew(ctx, conn)
 			_ = conn.Close() // nothing is on it any more

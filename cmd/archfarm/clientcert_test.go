@@ -233,13 +233,13 @@ func TestFarm_WhoIsAskedAndHow(t *testing.T) {
 		if err := cmd.ParseFlags(test.args); err != nil {
 			t.Fatal(err)
 		}
-		f, err := farmOf(cmd)
+		a, creds, err := farmOf(cmd)
 		if err != nil {
 			t.Errorf("%q: %v", test.args, err)
 			continue
 		}
-		if got := f.creds.Info().SecurityProtocol; f.address.String() != test.address || got != test.secure {
-			t.Errorf("%q asks %s over %s; want %s over %s", test.args, f.address, got, test.address, test.secure)
+		if got := creds.Info().SecurityProtocol; a.String() != test.address || got != test.secure {
+			t.Errorf("%q asks %s over %s; want %s over %s", test.args, a, got, test.address, test.secure)
 		}
 	}
 }

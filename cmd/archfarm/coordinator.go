@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -11,6 +12,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator"
 	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/history"
+	"github.com/archfarm/archfarm/coordinator/publish"
 )
 
 func newCoordinator(stop <-chan struct{}) *cobra.Command {
@@ -52,7 +54,53 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.StringArray("allow-emulation", nil, "pool whose workers may emulate platforms that no worker runs natively; may repeat")
 	flags.Int64("spool-max-size", export.DefaultSpoolLimit, "bytes of disk that archives merged from several platforms may take while they are made")
 	historyFlags(flags)
+	jobFlags(flags)
 	gossipFlags(flags)
+}
+
+func jobFlags(flags *pflag.FlagSet) {
+	flags.String("store", "", "where jobs, tags and secrets are kept: a postgres:// URL that several coordinators share (default: a database in --data-dir); a password is better in "+envName("store")+" or PGPASSFILE")
+	flags.String("secrets-key-file", "", "key that encrypts jobs' secrets in --store, the same for all coordinators that share it (default: one that is made in --data-dir)")
+	flags.StringArray("tag-policy", nil, `which tags of some repositories may move: "repository=registry.example.com/app/**,push=enforce,mutable=latest;main;@semver"; may repeat, the first that fits counts`)
+	flags.String("push-policy", string(publish.Warn), "off, warn or enforce immutable tags for docker buildx build --push, where no --tag-policy says another")
+	flags.Int("max-jobs", coordinator.DefaultMaxJobs, "how many jobs run or wait for a worker at a time; the others stay in the queue")
+	flags.Duration("job-timeout", coordinator.DefaultJobTimeout, "how long a job may run that does not say itself")
+	flags.Int("job-attempts", coordinator.DefaultJobAttempts, "how often a leg is tried whose failure is not its build's, of a job that does not say itself")
+	flags.Duration("job-retention", coordinator.DefaultJobRetention, "for how long ended jobs are kept, with their logs")
+	flags.Duration("job-lease", coordinator.DefaultLease, "how long another coordinator waits before it goes on with the jobs of one that is lost")
+	flags.Int64("max-context-size", coordinator.DefaultMaxContext, "bytes that an uploaded context may have")
+}
+
+func jobConfig(flags *pflag.FlagSet, cfg *coordinator.Config) error {
+	cfg.Store, _ = flags.GetString("store")
+	cfg.SecretsKeyFile, _ = flags.GetString("secrets-key-file")
+	rules, _ := flags.GetStringArray("tag-policy")
+	for _, text := range rules {
+		rule, err := publish.ParseRule(text)
+		if err != nil {
+			return usageError{fmt.Errorf("--tag-policy: %w", err)}
+		}
+		cfg.Policy.Rules = append(cfg.Policy.Rules, rule)
+	}
+	mode, _ := flags.GetString("push-policy")
+	var err error
+	if cfg.Policy.Push, err = publish.ParseMode(mode); err != nil {
+		return usageError{fmt.Errorf("--push-policy: %w", err)}
+	}
+	for name, value := range map[string]*int{"max-jobs": &cfg.MaxJobs, "job-attempts": &cfg.JobAttempts} {
+		if *value, _ = flags.GetInt(name); *value < 1 {
+			return usageError{fmt.Errorf("--%s %d: at least 1 must be possible", name, *value)}
+		}
+	}
+	for name, value := range map[string]*time.Duration{"job-timeout": &cfg.JobTimeout, "job-retention": &cfg.JobRetention, "job-lease": &cfg.JobLease} {
+		if *value, _ = flags.GetDuration(name); *value <= 0 {
+			return usageError{fmt.Errorf("--%s must be positive", name)}
+		}
+	}
+	if cfg.MaxContext, _ = flags.GetInt64("max-context-size"); cfg.MaxContext <= 0 {
+		return usageError{errors.New("--max-context-size must be positive")}
+	}
+	return nil
 }
 
 func tlsFlags(flags *pflag.FlagSet) {
@@ -137,6 +185,6 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 	if cfg.SpoolMaxSize, _ = flags.GetInt64("spool-max-size"); cfg.SpoolMaxSize <= 0 {
 		return cfg, usageError{errors.New("--spool-max-size must be positive")}
 	}
-	err = historyConfig(flags, &cfg) // before cfg is copied
+	err = errors.Join(historyConfig(flags, &cfg), jobConfig(flags, &cfg)) // before cfg is copied
 	return cfg, err
 }

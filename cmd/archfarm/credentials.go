@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/client"
 	"github.com/archfarm/archfarm/file"
 	"github.com/archfarm/archfarm/identity"
 	"github.com/archfarm/archfarm/worker"
@@ -226,7 +227,7 @@ func dialAny(creds *enroll.Credentials, coordinators []string) func(context.Cont
 				continue
 			}
 			_ = raw.Close() // it only shows that somebody listens
-			conn, dialErr := farm{a, credentials.NewTLS(creds.TLS())}.dial()
+			conn, dialErr := client.Connect(a, credentials.NewTLS(creds.TLS()))
 			if dialErr != nil {
 				err = errors.Join(err, dialErr)
 				continue

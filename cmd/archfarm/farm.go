@@ -2,11 +2,9 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 
@@ -14,9 +12,9 @@ import (
 	"github.com/spf13/pflag"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/archfarm/archfarm/address"
+	"github.com/archfarm/archfarm/client"
 	"github.com/archfarm/archfarm/worker/enroll"
 )
 
@@ -34,20 +32,14 @@ func farmFlags(flags *pflag.FlagSet) {
 	flags.Bool("insecure", false, "talk to a coordinator on another machine without encryption")
 }
 
-// farm is a coordinator, and how to talk to it.
-type farm struct {
-	address address.Address
-	creds   credentials.TransportCredentials
-}
-
 // dialFarm returns a connection to the coordinator that the flags of farmFlags
 // name. The connection is made at the first call on it; see farmName for errors.
 func dialFarm(cmd *cobra.Command) (*grpc.ClientConn, error) {
-	f, err := farmOf(cmd)
+	a, creds, err := farmOf(cmd)
 	if err != nil {
 		return nil, err
 	}
-	return f.dial()
+	return client.Connect(a, creds)
 }
 
 // farmName is how messages name the coordinator that dialFarm dials.
@@ -59,45 +51,22 @@ func farmName(cmd *cobra.Command) string {
 	return a.String()
 }
 
-func (f farm) dial() (*grpc.ClientConn, error) {
-	authority := "localhost"
-	if f.address.Network == "tcp" {
-		authority = f.address.Addr
-	}
-	return grpc.NewClient("passthrough:///farm", grpc.WithTransportCredentials(f.creds), grpc.WithAuthority(authority),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return f.address.Dial(ctx) }))
-}
-
-func farmOf(cmd *cobra.Command) (farm, error) {
+// farmOf is where the coordinator is, and how to talk to it.
+func farmOf(cmd *cobra.Command) (address.Address, credentials.TransportCredentials, error) {
 	a, err := farmAddress(cmd)
 	if err != nil {
-		return farm{}, err
+		return a, nil, err
 	}
 	dir, _ := cmd.Flags().GetString("cert-dir")
 	plain, _ := cmd.Flags().GetBool("insecure")
-	f := farm{address: a, creds: insecure.NewCredentials()}
+	creds, err := client.Config{CertDir: dir, Insecure: plain}.Credentials(a)
 	switch {
-	case a.Network == "unix":
-		return f, nil
-	case dir != "":
-		creds, err := loadCertificate(dir)
-		if err != nil {
-			return farm{}, err
-		}
-		f.creds = credentials.NewTLS(creds.TLS())
-		return f, nil
-	case plain || a.Local():
-		return f, nil
+	case errors.Is(err, client.ErrPlaintext):
+		return a, nil, usageError{fmt.Errorf("%s is another machine, and wants a certificate: name its folder with --cert-dir (archfarm client-cert makes one), or use --insecure if nobody can listen on the way", a)}
+	case errors.Is(err, fs.ErrNotExist):
+		return a, nil, usageError{fmt.Errorf("--cert-dir %s: %w; archfarm client-cert --dir %s makes them", dir, err, dir)}
 	}
-	return farm{}, usageError{fmt.Errorf("%s is another machine, and wants a certificate: name its folder with --cert-dir (archfarm client-cert makes one), or use --insecure if nobody can listen on the way", a)}
-}
-
-func loadCertificate(dir string) (*enroll.Credentials, error) {
-	creds, err := enroll.Load(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, usageError{fmt.Errorf("--cert-dir %s: %w; archfarm client-cert --dir %s makes them", dir, err, dir)}
-	}
-	return creds, err
+	return a, creds, err
 }
 
 func farmAddress(cmd *cobra.Command) (address.Address, error) {

@@ -12,6 +12,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
 // version is set when the binary is built.
@@ -23,6 +25,8 @@ const (
 	exitUsage = 2
 	// exitTimeout is that --wait has waited in vain.
 	exitTimeout = 3
+	// exitCancelled is that the job that was watched was cancelled.
+	exitCancelled = 4
 )
 
 func main() {
@@ -45,6 +49,10 @@ func exitCode(err error) int {
 	var late timeoutError
 	if errors.As(err, &late) {
 		return exitTimeout
+	}
+	var ended jobError
+	if errors.As(err, &ended) && ended.state == archfarmv1.Job_STATE_CANCELLED {
+		return exitCancelled
 	}
 	return exitError
 }
@@ -124,6 +132,7 @@ The command line wins over the environment, and that over the file.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %q", err, cmd.CommandPath()+" --help")}
 	})
-	root.AddCommand(newCoordinator(stop), newWorker(stop), newUp(stop), newWorkers(), newDrain(), newCordon(), newUncordon(), newQueue(), newExplain(), newToken(), newGossipKey(), newClient(), newClientCert())
+	root.AddCommand(newCoordinator(stop), newWorker(stop), newUp(stop), newWorkers(), newDrain(), newCordon(), newUncordon(), newQueue(), newExplain(), newToken(), newGossipKey(), newClient(), newClientCert(),
+		newSubmit(), newJobs(), newJob(), newWatch(), newLogs(), newCancel(), newRetry(), newBuild(), newTags(), newSecret(), newBackup())
 	return root
 }

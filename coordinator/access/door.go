@@ -76,9 +76,17 @@ func (c *Conn) Close() error {
 	return c.Conn.Close()
 }
 
-// secure makes the server's side of a connection.
+// secure makes the server's side of a gRPC connection.
 func (d *Door) secure(raw net.Conn) (net.Conn, error) {
-	over := tls.Server(raw, d.config)
+	conn, err := d.secureWith(raw, d.config)
+	if err != nil {
+		return nil, err // not a nil *Conn
+	}
+	return conn, nil
+}
+
+func (d *Door) secureWith(raw net.Conn, config *tls.Config) (*Conn, error) {
+	over := tls.Server(raw, config)
 	if err := over.Handshake(); err != nil {
 		d.log.Info("refused a connection", "remote", raw.RemoteAddr().String(), "error", err)
 		return nil, err

@@ -66,7 +66,7 @@ func open(t *testing.T, insecurely bool) *house {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	h := &house{tunnels: make(chan net.Conn, 1), seen: make(chan identity.Identity, 10)}
-	h.Authority, err = authority.Open(authority.Config{Dir: dir, Name: "farm", Evict: func(who identity.Identity) { h.door.Evict(who) }})
+	h.Authority, err = authority.Open(authority.Config{Dir: dir, Name: "farm", Hosts: []string{"farm"}, Evict: func(who identity.Identity) { h.door.Evict(who) }})
 	if err != nil {
 		t.Fatal(err)
 	}

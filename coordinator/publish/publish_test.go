@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/auth"
@@ -26,7 +27,10 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	firstPause = 10 * time.Millisecond                                                                            // the registries of these tests do not need rest
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/archfarm/archfarm/e2e/farmtest.spawn.func1.1")) // starts processes, for good
+}
 
 func index(annotation string) Content {
 	blob := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[],"annotations":{"a":%q}}`, ocispecs.MediaTypeImageIndex, annotation)

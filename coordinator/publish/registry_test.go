@@ -108,6 +108,9 @@ func (g *registry) manifest(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Docker-Content-Digest", digest.FromBytes(blob).String())
 	w.Header().Set("Content-Type", g.types[repo+"/"+object])
+	if r.Method == http.MethodGet {
+		_, _ = w.Write(blob)
+	}
 }
 
 func (g *registry) put(w http.ResponseWriter, r *http.Request, repo, object string) {

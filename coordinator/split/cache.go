@@ -58,9 +58,9 @@ func (l Leg) Cache(c *controlapi.CacheOptions, first bool) *controlapi.CacheOpti
 	return out
 }
 
-// cacheImports adds to the caches that a client names what Cache made of
+// CacheImports adds to the caches that a client names what Cache made of
 // their names for this leg.
-func (l Leg) cacheImports(imports []*gwpb.CacheOptionsEntry) []*gwpb.CacheOptionsEntry {
+func (l Leg) CacheImports(imports []*gwpb.CacheOptionsEntry) []*gwpb.CacheOptionsEntry {
 	var out []*gwpb.CacheOptionsEntry
 	for _, e := range imports {
 		if _, ok := cacheNames[e.GetType()]; ok {
@@ -144,12 +144,12 @@ func parseCacheImports(list string) ([]*gwpb.CacheOptionsEntry, error) {
 // Errors are InvalidArgument.
 func (l Leg) FrontendRequest(req *gwpb.SolveRequest) (*gwpb.SolveRequest, error) {
 	out := Clone(req)
-	out.FrontendOpt, out.CacheImports = l.FrontendOpt(req.GetFrontendOpt()), l.cacheImports(req.GetCacheImports())
+	out.FrontendOpt, out.CacheImports = l.FrontendOpt(req.GetFrontendOpt()), l.CacheImports(req.GetCacheImports())
 	imports, err := parseCacheImports(req.GetFrontendOpt()[optCacheImports])
 	if err != nil || imports == nil {
 		return out, err
 	}
-	list, err := json.Marshal(l.cacheImports(imports))
+	list, err := json.Marshal(l.CacheImports(imports))
 	if err != nil {
 		return nil, err
 	}

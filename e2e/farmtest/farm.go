@@ -50,6 +50,8 @@ type FarmOptions struct {
 	// Host is the address of this machine that the coordinator listens on, instead of loopback: then everybody needs a
 	// certificate, its workers join with tokens, and Client is none (Secured makes one).
 	Host string
+	// CoordinatorEnv is added to the coordinator's environment, at each start.
+	CoordinatorEnv []string
 }
 
 // Farm is a running coordinator with its workers.
@@ -60,9 +62,10 @@ type Farm struct {
 	HTTP        string // http://host:port
 	Workers     []*FarmWorker
 	Admin       string // unix://…, to administer it by
+	DataDir     string // of the coordinator
 	tools       Tools
 	secured     bool
-	args        []string // of the coordinator
+	args, env   []string // of the coordinator
 }
 
 // FarmWorker is a buildkitd with the agent beside it.
@@ -103,14 +106,16 @@ func StartDirect(t T, tools Tools) *Endpoint {
 func StartFarm(t T, tools Tools, options FarmOptions) *Farm {
 	t.Helper()
 	listen, web, gossip, dir := freePort(t), freePort(t), freePort(t), Folder(t)
-	f := &Farm{tools: tools, Gossip: gossip, HTTP: "http://" + web, Admin: "unix://" + filepath.Join(dir, "admin.sock")}
+	f := &Farm{
+		tools: tools, Gossip: gossip, HTTP: "http://" + web, Admin: "unix://" + filepath.Join(dir, "admin.sock"), DataDir: dir, env: options.CoordinatorEnv,
+	}
 	if options.Host != "" {
 		listen, f.secured = strings.Replace(listen, "127.0.0.1", options.Host, 1), true
 	}
 	args := []string{"coordinator", "--listen", listen, "--http", web, "--gossip", gossip, "--data-dir", dir}
 	f.args = append(args, options.CoordinatorArgs...)
 	f.Addr = "tcp://" + listen
-	f.startCoordinator(t)
+	f.StartCoordinator(t)
 	for _, spec := range options.Workers {
 		f.AddWorker(t, spec)
 	}
@@ -130,9 +135,11 @@ func StartFarm(t T, tools Tools, options FarmOptions) *Farm {
 	return f
 }
 
-func (f *Farm) startCoordinator(t T) {
+// StartCoordinator starts the coordinator of a farm whose coordinator does not run, with something more in its
+// environment.
+func (f *Farm) StartCoordinator(t T, env ...string) {
 	t.Helper()
-	f.Coordinator = StartProcess(t, Spec{Name: "coordinator", Path: f.tools.Archfarm, Args: f.args})
+	f.Coordinator = StartProcess(t, Spec{Name: "coordinator", Path: f.tools.Archfarm, Args: f.args, Env: append(f.env[:len(f.env):len(f.env)], env...)})
 	f.parts = append(f.parts, f.Coordinator)
 }
 
@@ -140,7 +147,7 @@ func (f *Farm) startCoordinator(t T) {
 func (f *Farm) RestartCoordinator(t T) {
 	t.Helper()
 	f.Coordinator.Stop(t)
-	f.startCoordinator(t)
+	f.StartCoordinator(t)
 }
 
 // Token makes a join token: args are those of archfarm token create.

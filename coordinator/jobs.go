@@ -1,0 +1,154 @@
+package coordinator
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/archfarm/archfarm/coordinator/access"
+	"github.com/archfarm/archfarm/coordinator/dispatch"
+	"github.com/archfarm/archfarm/coordinator/gitref"
+	"github.com/archfarm/archfarm/coordinator/job"
+	"github.com/archfarm/archfarm/coordinator/legbuild"
+	"github.com/archfarm/archfarm/coordinator/publish"
+	"github.com/archfarm/archfarm/coordinator/store"
+	"github.com/archfarm/archfarm/identity"
+)
+
+const (
+	// recovery is how often publications that a crash has left are looked for.
+	recovery = time.Minute
+	// sweeping is how often contexts that no job needs are removed.
+	sweeping = time.Hour
+)
+
+// openJobs opens what is durable, and what works on it.
+func (c *coordinator) openJobs(ctx context.Context) (err error) {
+	if c.state, err = openState(ctx, c.cfg); err != nil {
+		return err
+	}
+	c.inside = access.NewInside()
+	c.publisher = publish.NewPublisher(publish.Config{
+		Ledger: c.state.store, Policy: c.cfg.Policy, Owner: c.cfg.Name, Lease: c.cfg.JobLease, Log: c.log, Metrics: c.metrics,
+	})
+	c.jobs = job.New(job.Options{
+		Store: c.state.store, Publisher: c.publisher, Contexts: c.state.contexts, Key: c.state.key, Resolve: gitref.Resolve, Owner: c.cfg.Name,
+		Builder: legbuild.New(legbuild.Options{Dial: c.inside.Dial, DialOptions: access.DialOptions(), Workers: c.workerOf, Log: c.log}),
+		MaxJobs: c.cfg.MaxJobs, Lease: c.cfg.JobLease, Timeout: c.cfg.JobTimeout, MaxAttempts: c.cfg.JobAttempts, Retention: c.cfg.JobRetention,
+		Log: c.log, Metrics: c.metrics,
+	})
+	return nil
+}
+
+// workerOf names the worker that runs the one leg of a build; empty: none yet.
+func (c *coordinator) workerOf(ref string) string {
+	b, err := c.builds.Find(identity.NewContext(context.Background(), identity.Identity{}), ref, 0)
+	if err != nil {
+		return ""
+	}
+	for _, leg := range b.Legs() {
+		return leg.Worker
+	}
+	return ""
+}
+
+// work runs jobs, finishes what crashes have left, and tidies up, until ctx ends.
+func (c *coordinator) work(ctx context.Context) {
+	var parts errgroup.Group // none fails
+	parts.Go(func() error { c.jobs.Run(ctx); return nil })
+	parts.Go(func() error { c.publisher.Run(ctx, recovery); return nil })
+	parts.Go(func() error { c.sweep(ctx); return nil })
+	_ = parts.Wait()
+}
+
+func (c *coordinator) sweep(ctx context.Context) {
+	ticker := time.NewTicker(sweeping)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		freed, err := c.state.contexts.Sweep(ctx, c.state.store.ContextInUse)
+		if err != nil && ctx.Err() == nil {
+			c.log.Warn("removing contexts that no job needs", "error", err)
+		} else if freed > 0 {
+			c.log.Info("removed contexts that no job needs", "bytes", freed)
+		}
+	}
+}
+
+// closeJobs ends what openJobs began; the jobs have stopped.
+func (c *coordinator) closeJobs() error {
+	c.publisher.Close()
+	return errors.Join(c.inside.Close(), c.state.close())
+}
+
+// publication is what the build's image becomes in registries.
+func (c *coordinator) publication(ctx context.Context, req *controlapi.SolveRequest, i image) publish.Request {
+	who := identity.FromContext(ctx)
+	return publish.Request{
+		Tenant: cmp.Or(who.Tenant, identity.DefaultTenant), Build: req.GetRef(),
+		Content: i.Content, Names: i.publication.Names, ByDigest: i.publication.ByDigest, Source: sourceOf(req),
+		Registry: publish.Registry{Sessions: c.farm.Sessions.Manager(), Session: req.GetSession(), Insecure: i.publication.Insecure},
+	}
+}
+
+// maxSource bounds what a client says of its commit.
+const maxSource = 1 << 10
+
+// sourceOf is the commit that buildx says it builds.
+func sourceOf(req *controlapi.SolveRequest) store.Source {
+	attrs := req.GetFrontendAttrs()
+	return store.Source{URL: bounded(attrs["vcs:source"]), Commit: bounded(strings.TrimSuffix(attrs["vcs:revision"], "-dirty"))}
+}
+
+func bounded(s string) string {
+	if len(s) > maxSource {
+		return ""
+	}
+	return s
+}
+
+// observer shows a publication in a build's progress.
+type observer struct{ *dispatch.Build }
+
+// Step implements publish.Observer.
+func (o observer) Step(text string) func(error) {
+	step := o.Progress.Step(text)
+	step.Start()
+	return step.Done
+}
+
+// Warn implements publish.Observer.
+func (o observer) Warn(text string) {
+	step := o.Progress.Step("checking tags")
+	step.Log("WARNING: " + text)
+	step.Warn(&controlapi.VertexWarning{Level: 1, Short: []byte(text)})
+	step.Done(nil)
+}
+
+// drainAll lets jobs' legs and builds end.
+func (c *coordinator) drainAll(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		if err := c.jobs.Drain(ctx); err != nil {
+			return fmt.Errorf("stopped while jobs were running, which go on at the next start: %w", err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		if err := c.builds.Drain(ctx); err != nil {
+			return fmt.Errorf("stopped while builds were running: %w", err)
+		}
+		return nil
+	})
+	return group.Wait()
+}
