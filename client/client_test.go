@@ -254,7 +254,10 @@ func TestWatch_TellsWhyItsContextEnded(t *testing.T) {
 func TestWatch_CanBeLeft(t *testing.T) {
 	t.Parallel()
 	client := dialed(t, &farm{events: life(9)})
-	for range client.Watch(t.Context(), "j", 0) {
+	for _, err := range client.Watch(t.Context(), "j", 0) {
+		if err != nil {
+			t.Error(err)
+		}
 		break
 	}
 }
@@ -319,7 +322,10 @@ func TestList_AsksForPagesAsTheyAreNeeded(t *testing.T) {
 		t.Errorf("%s in %d pages", got, len(f.lists))
 	}
 	f.lists = nil
-	for range client.List(t.Context(), &archfarmv1.ListRequest{PageSize: 3}) {
+	for _, err := range client.List(t.Context(), &archfarmv1.ListRequest{PageSize: 3}) {
+		if err != nil {
+			t.Error(err)
+		}
 		break
 	}
 	if len(f.lists) != 1 {

@@ -2,6 +2,7 @@ package client_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -24,7 +25,7 @@ func Example() {
 	if err != nil {
 		panic(err)
 	}
-	defer farm.Close()
+	defer func() { _ = farm.Close() }()
 	job, _, err := farm.Submit(ctx, &archfarmv1.SubmitRequest{
 		RequestId: os.Getenv("CI_PIPELINE_ID"), // the pipeline's step may run again: it is one job
 		Spec: &archfarmv1.JobSpec{
@@ -68,7 +69,12 @@ func exampleFarm() (address string, stop func()) {
 	archfarmv1.RegisterJobServiceServer(server, oneJob{})
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(listener) }()
-	return "unix://" + socket, func() { server.Stop(); <-ended; _ = os.RemoveAll(dir) }
+	return "unix://" + socket, func() {
+		server.Stop()
+		if err := errors.Join(<-ended, os.RemoveAll(dir)); err != nil {
+			panic(err)
+		}
+	}
 }
 
 type oneJob struct {

@@ -28,6 +28,8 @@ missing=
 for pair in $needed; do
 	command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
+# PostgreSQL's server, which is not on the PATH: the tests start their own.
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
 # The race detector links with the C library.
 [ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 # apt reads the arm64 machine's packages over https where the sources say so.

@@ -52,7 +52,7 @@ func TestJob_AGitCommitThroughEveryDoor(t *testing.T) {
 		r.wantCommit(t, result, "grpc-main-"+sha[:7], sha)
 	})
 	t.Run("everything that is wrong is told at once", func(t *testing.T) {
-		bad := `{"spec":{"platforms":["linux/amd64","Linux/what?"],"tags":["UPPER/case"],"priority":1000}}`
+		bad := `{"spec":{"platforms":["linux/amd64","Linux/what?"],"tags":["localhost:5000/UPPER"],"priority":1000}}`
 		result := r.command(t, nil, "curl", "--silent", "--header", "Content-Type: application/json", "--data", bad, r.Farm.HTTP+"/v1/jobs")
 		for _, field := range []string{"spec.context", "spec.platforms[1]", "spec.tags[0]", "spec.priority", "google.rpc.BadRequest"} {
 			if !strings.Contains(result.Output, field) {

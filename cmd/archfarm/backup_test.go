@@ -17,7 +17,7 @@ func TestBackup_WhileTheDatabaseIsInUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer store.Close()
+	defer func() { _ = store.Close() }()
 	if err := store.PutSecret(t.Context(), "acme", "npm", []byte("sealed")); err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +29,7 @@ func TestBackup_WhileTheDatabaseIsInUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer again.Close()
+	defer func() { _ = again.Close() }()
 	if sealed, err := again.Secret(t.Context(), "acme", "npm"); err != nil || string(sealed) != "sealed" {
 		t.Errorf("in the copy: %q, %v", sealed, err)
 	}

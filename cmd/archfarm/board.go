@@ -25,6 +25,7 @@ type board struct {
 	job    *bk.Vertex
 	runs   int // how often the job has been in the queue
 	legs   map[string]*archfarmv1.JobLeg
+	away   bool                                    // the farm, and that has been told
 	legNow map[string]int32                        // platform → its attempt that shows progress
 	open   map[string]map[digest.Digest]*bk.Vertex // platform → its steps that have begun
 }
@@ -37,6 +38,10 @@ func newBoard(id string) *board {
 func (b *board) take(event *archfarmv1.JobEvent) *bk.SolveStatus {
 	out, at := &bk.SolveStatus{}, moment(event.GetTime())
 	b.begin(out, at)
+	if b.away {
+		b.away = false
+		b.tell(out, at, "the farm answers again")
+	}
 	switch {
 	case event.GetJob() != nil:
 		b.jobChanged(out, event.GetJob(), at)
@@ -47,6 +52,17 @@ func (b *board) take(event *archfarmv1.JobEvent) *bk.SolveStatus {
 	case event.GetNotice() != "":
 		b.tell(out, at, event.GetNotice())
 	}
+	return out
+}
+
+// lost tells, once, that the farm does not answer.
+func (b *board) lost(why string, at time.Time) *bk.SolveStatus {
+	out := &bk.SolveStatus{}
+	if b.away || b.job == nil || b.job.Completed != nil {
+		return out
+	}
+	b.away = true
+	b.tell(out, at, "the farm does not answer; trying again: "+why)
 	return out
 }
 

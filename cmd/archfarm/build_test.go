@@ -67,7 +67,7 @@ func buildCommand(t *testing.T, args ...string) *cobra.Command {
 func TestExportsOf_GiveImagesTheirNames(t *testing.T) {
 	t.Parallel()
 	for want, args := range map[string][]string{
-		"":                         []string{"-t", "a"},
+		"":                         {"-t", "a"},
 		"image name=a,b push=true": {"-t", "a", "-t", "b", "--push"},
 		"image name=own push=true": {"-t", "a", "--push", "-o", "type=image,name=own"},
 		"image annotation-index.k=v annotation.k=w name=a push=true":                       {"-t", "a", "--push", "--annotation", "index:k=v", "--annotation", "k=w"},

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -27,7 +26,7 @@ func sendContext(ctx context.Context, cmd *cobra.Command, farm *client.Client, r
 	if err != nil {
 		return usageError{fmt.Errorf("--context %s: %w", local, err)}
 	}
-	defer packed.Close()
+	defer packed.Close() //nolint:errcheck // it frees what the system frees too
 	var sent, total int64
 	uploaded, err := farm.Upload(ctx, packed, func(s, t int64) { sent, total = s, t })
 	var changed *contextpack.ChangedError
@@ -53,16 +52,15 @@ func packContext(cmd *cobra.Command, local, dockerfile string) (*contextpack.Sou
 		}
 		return contextpack.Folder(local, options)
 	}
-	var from io.Reader = cmd.InOrStdin()
-	if local != "-" {
-		f, err := os.Open(local)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		from = f
+	if local == "-" {
+		return contextpack.Tarball(cmd.InOrStdin(), options)
 	}
-	return contextpack.Tarball(from, options)
+	f, err := os.Open(local)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return contextpack.Tarball(f, options)
 }
 
 // bytesText is a size for people: "12.3 MiB".
@@ -139,7 +137,7 @@ func registryHosts(s *archfarmv1.JobSpec, others []string) []string {
 // before the first slash, if it looks like a host, as Docker's references have it.
 func hostOf(ref string) string {
 	host, _, ok := strings.Cut(ref, "/")
-	if !ok || !strings.ContainsAny(host, ".:") && host != "localhost" {
+	if !ok || !strings.ContainsAny(host, ".:") && host != "localhost" && host == strings.ToLower(host) {
 		return dockerHub
 	}
 	if host == "index.docker.io" || host == "registry-1.docker.io" {

@@ -241,7 +241,7 @@ func TestWatch_ShowsTheJobThroughCuts(t *testing.T) {
 	if n := strings.Count(got.stderr, "attempt 2 runs on"); n != 1 {
 		t.Errorf("attempt 2 is told %d times", n)
 	}
-	if strings.Count(got.stderr, "trying again") != 2 {
+	if strings.Count(got.stderr, "trying again: the coordinator stops") != 2 || strings.Count(got.stderr, "answers again") != 2 {
 		t.Errorf("the cuts are not told:\n%s", got.stderr)
 	}
 	var job struct{ ID, State, Digest string }

@@ -156,7 +156,7 @@ func runSubmit(cmd *cobra.Command, _ []string) error {
 		} else { // the object is printed at the end
 			fmt.Fprintf(cmd.ErrOrStderr(), "submitted job %s\n", printable(job.GetId()))
 		}
-		return watchJob(cmd, farm, job.GetId(), *waiting)
+		return watchJob(ctx, cmd, farm, job.GetId(), *waiting)
 	})
 }
 

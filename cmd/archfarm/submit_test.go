@@ -122,7 +122,7 @@ func TestSubmit_RefusesWhatMakesNoSense(t *testing.T) {
 		words []string
 	}{
 		"nothing to build":           {nil, []string{"--context"}},
-		"every fault of the job":     {[]string{"--context", dir, "--tag", "UPPER/x", "--priority", "1000"}, []string{"\n  --platform (spec.platforms)", "\n  --tag (spec.tags[0])", "\n  --priority (spec.priority)"}},
+		"every fault of the job":     {[]string{"--context", dir, "--tag", "registry.example.com/UPPER", "--priority", "1000"}, []string{"\n  --platform (spec.platforms)", "\n  --tag (spec.tags[0])", "\n  --priority (spec.priority)"}},
 		"a platform that is none":    {[]string{"--context", dir, "--platform", "toaster/x/y/z"}, []string{"--platform"}},
 		"an argument":                {[]string{"."}, []string{`"."`, "--context"}},
 		"a second argument":          {[]string{"--provenance", "mode=max", "x"}, []string{`"x"`}},

@@ -4,13 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"time"
 
 	bk "github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/util/progress/progressui"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/client"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
@@ -72,7 +72,7 @@ was cancelled.`,
 				if err != nil {
 					return err
 				}
-				return watchJob(cmd, farm, job.GetId(), jobWatch{mode, timeout, output})
+				return watchJob(ctx, cmd, farm, job.GetId(), jobWatch{mode, timeout, output})
 			})
 		},
 	}
@@ -114,14 +114,14 @@ type jobWatch struct {
 
 // watchJob shows a job until it has ended; a jobError tells that it did not do well,
 // a timeoutError that it goes on.
-func watchJob(cmd *cobra.Command, farm *client.Client, id string, w jobWatch) error {
-	ctx, whole := cmd.Context(), cmd.Context()
+func watchJob(ctx context.Context, cmd *cobra.Command, farm *client.Client, id string, w jobWatch) error {
+	whole := ctx
 	if w.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, w.timeout, timeoutError{fmt.Errorf("job %s has not ended after %s, and goes on: see archfarm watch %s", id, w.timeout, id)})
 		defer cancel()
 	}
-	if err := show(ctx, cmd, w.mode, id, farm.Watch(ctx, id, 0)); err != nil {
+	if err := show(ctx, cmd, w.mode, id, farm); err != nil {
 		if whole.Err() != nil {
 			return fmt.Errorf("interrupted: job %s goes on; archfarm watch %s shows it, archfarm cancel %s ends it: %w", id, id, id, whole.Err())
 		}
@@ -139,15 +139,20 @@ func watchJob(cmd *cobra.Command, farm *client.Client, id string, w jobWatch) er
 	return jobOutcome(job)
 }
 
-// show draws events on standard error until there are no more.
-func show(ctx context.Context, cmd *cobra.Command, mode progressui.DisplayMode, id string, events iter.Seq2[*archfarmv1.JobEvent, error]) error {
+// show draws a job's events on standard error until there are no more.
+func show(ctx context.Context, cmd *cobra.Command, mode progressui.DisplayMode, id string, farm *client.Client) error {
 	updates, shown, err := display(context.WithoutCancel(ctx), cmd, mode) // what is known is still drawn when ctx has ended
 	if err != nil {
 		return err
 	}
 	board := newBoard(id)
+	elsewhere := farm.Retrying
+	farm.Retrying = func(err error) { // by Watch, in this goroutine; in the picture, which other words would spoil
+		updates <- board.lost(printable(status.Convert(err).Message()), time.Now())
+	}
+	defer func() { farm.Retrying = elsewhere }()
 	var failed error
-	for event, err := range events {
+	for event, err := range farm.Watch(ctx, id, 0) {
 		if err != nil {
 			failed = err
 			break

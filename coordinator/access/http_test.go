@@ -223,7 +223,7 @@ func TestHTTP_Curl(t *testing.T) {
 		t.Fatal(err)
 	}
 	run := func(args ...string) string {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, curl, append([]string{"--silent", "--show-error", "--noproxy", "*", "--cacert", "ca.pem", "--resolve", "farm:" + port + ":127.0.0.1"}, args...)...)
 		cmd.Dir = dir

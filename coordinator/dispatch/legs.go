@@ -191,11 +191,16 @@ func (b *Build) frontendInputs() []*pb.Definition {
 	return slices.Concat(slices.Collect(maps.Values(b.req.GetFrontendInputs())), b.inputs)
 }
 
-// warmthKey identifies the project: the client's context, Dockerfile and target.
+// warmthKey identifies the project, whatever its commit: the repository that the
+// client says it builds, or else its folder; the Dockerfile and the target.
 func (b *Build) warmthKey() string {
 	attrs := b.req.GetFrontendAttrs()
-	parts := []string{b.farm.Sessions.SharedKey(b.req.GetSession())}
-	for _, k := range []string{"context", "contextsubdir", "filename", "target"} {
+	repository, _, _ := strings.Cut(attrs["context"], "#")
+	parts := []string{repository, attrs["vcs:source"]}
+	if attrs["vcs:source"] == "" {
+		parts = append(parts, b.farm.Sessions.SharedKey(b.req.GetSession()))
+	}
+	for _, k := range []string{"contextsubdir", "vcs:localdir:context", "filename", "target"} {
 		parts = append(parts, attrs[k])
 	}
 	return digest.FromString(strings.Join(parts, "\x00")).Encoded()

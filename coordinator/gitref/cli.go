@@ -168,27 +168,27 @@ func (c *cli) run(ctx context.Context, args ...string) ([]byte, error) {
 	}
 	switch {
 	case err == nil:
-		return out.Bytes(), nil
+		return out.kept.Bytes(), nil
 	case out.over:
 		return nil, status.Errorf(codes.ResourceExhausted, "the repository has too many branches and tags to look at here (more than %d MiB): give a commit in full", maxOutput>>20)
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
 	}
-	return nil, c.explain(args[0], err, errs.String())
+	return nil, c.explain(args[0], err, errs.kept.String())
 }
 
 // bounded keeps so many bytes, and drops what comes after, calling full once if it is
-// there.
+// there. It has no method but Write that takes bytes: io.Copy would use it.
 type bounded struct {
-	bytes.Buffer
+	kept  bytes.Buffer
 	limit int
 	over  bool
 	full  func()
 }
 
 func (b *bounded) Write(p []byte) (int, error) {
-	keep := min(len(p), b.limit-b.Len())
-	b.Buffer.Write(p[:keep])
+	keep := min(len(p), b.limit-b.kept.Len())
+	b.kept.Write(p[:keep])
 	if keep < len(p) && !b.over {
 		b.over = true
 		if b.full != nil {

@@ -34,6 +34,11 @@ type blobs struct {
 
 func openBlobs(ctx context.Context, dir string, named func(digest.Digest) (bool, error)) (*blobs, error) {
 	_ = containerdlog.SetLevel("error") // file systems without fsverity are nothing to warn of
+	// What is half written has no writer any more. The store could not even list what a
+	// crash has left there in the middle of its creation.
+	if err := os.RemoveAll(filepath.Join(dir, "ingest")); err != nil {
+		return nil, fmt.Errorf("removing what was half written to the build history: %w", err)
+	}
 	files, err := local.NewStore(dir)
 	if err == nil {
 		err = os.MkdirAll(filepath.Join(dir, "blobs"), 0o700) // which Walk expects
@@ -146,18 +151,9 @@ func (b *blobs) drop(dgst digest.Digest) {
 	_ = b.files.Delete(b.ctx, dgst)
 }
 
-// sweep removes what a coordinator that crashed has left behind: blobs that no
-// record names, and those half written. Nothing is held yet.
+// sweep removes the blobs that no record names, which a coordinator that crashed has
+// left behind. Nothing is held yet.
 func (b *blobs) sweep(ctx context.Context) error {
-	statuses, err := b.files.ListStatuses(ctx)
-	if err != nil {
-		return err
-	}
-	for _, s := range statuses {
-		if err := b.files.Abort(ctx, s.Ref); err != nil {
-			return err
-		}
-	}
 	var unwanted []digest.Digest
 	if err := b.files.Walk(ctx, func(info content.Info) error {
 		named, err := b.named(info.Digest)

@@ -128,6 +128,10 @@ func TestOpen_SweepsWhatACrashHasLeft(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = w.Close()
+	// Of a crash while a writer was being opened.
+	if err := os.MkdirAll(filepath.Join(dir, "content", "ingest", "begun"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	if err := errors.Join(s.blobs.files.Delete(t.Context(), digest.FromString("lost")), s.close()); err != nil {
 		t.Fatal(err)
 	}

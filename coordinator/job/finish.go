@@ -37,7 +37,7 @@ func (w *work) publish(ctx context.Context) error {
 		return err
 	}
 	// Cancel is refused from here on. Who was answered before gets what they asked for.
-	_, cancelled, err := w.Store.Renew(w.held, w.recorder.lease)
+	_, cancelled, err := w.Store.Renew(w.held, w.recorder.lease) //nolint:contextcheck // the lease's: ctx may end by the cancelling asked about
 	switch {
 	case err != nil:
 		return err

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -64,9 +65,15 @@ func registry(t *testing.T) string {
 	return registryHost
 }
 
-// repository is a test's own.
+var (
+	repositories sync.Map // by test
+	repositoryNo atomic.Int64
+)
+
+// repository is a test's own, each time it runs.
 func repository(t *testing.T) string {
-	return registry(t) + "/" + strings.NewReplacer("/", "-", "_", "-", "#", "-").Replace(strings.ToLower(t.Name()))
+	name, _ := repositories.LoadOrStore(t, fmt.Sprintf("%s/test-%d", registry(t), repositoryNo.Add(1)))
+	return name.(string)
 }
 
 // pushImage pushes an image by digest, as a leg does.

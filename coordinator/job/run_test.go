@@ -2,6 +2,7 @@ package job
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -90,7 +91,7 @@ func (p *partitioned) Claim(ctx context.Context, owner string, lease time.Durati
 	return p.Store.Claim(ctx, owner, lease, n)
 }
 
-var errPartition = fmt.Errorf("the database is out of reach")
+var errPartition = errors.New("the database is out of reach")
 
 func TestRun_ACoordinatorThatIsCutOffStopsBeforeItsLeaseEnds(t *testing.T) {
 	t.Parallel()
@@ -181,6 +182,44 @@ func TestRun_CancelledByAnotherCoordinator(t *testing.T) {
 	wantState(t, d.ended(id), archfarmv1.Job_STATE_CANCELLED)
 }
 
+// shared is a store that others may have open, too.
+type shared struct{ store.Store }
+
+func (shared) Shared() bool { return true }
+
+func TestRun_CancelledByAnotherCoordinatorLongBeforeTheLeaseIsRenewed(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	began := make(chan Leg, 2)
+	c := f.start(&builds{do: untilDone(began)}, func(o *Options) { o.Store, o.Lease = shared{o.Store}, time.Hour })
+	id := c.submit(request(t)).GetId()
+	receive(t, began)
+	receive(t, began)
+	d := f.start(&builds{}, func(o *Options) { o.Store, o.Owner = shared{o.Store}, "coordinator-2" })
+	events := make(chan error, 1)
+	go func() {
+		_, err := d.watch(t.Context(), id, 0)
+		events <- err
+	}()
+	// Hints are looked at now and then: another one, as each event is, comes later.
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		if _, err := d.Cancel(t.Context(), &archfarmv1.CancelRequest{Id: id}); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-events:
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantState(t, d.get(id), archfarmv1.Job_STATE_CANCELLED)
+			return
+		case <-tick.C:
+		}
+	}
+}
+
 // Events that come fast, over what a tail keeps, at the paces of several watchers.
 func TestWatch_NobodyMissesOrRepeatsAnything(t *testing.T) {
 	t.Parallel()
@@ -247,6 +286,59 @@ func TestWatch_ReconnectingAnywhereGivesTheSameEvents(t *testing.T) {
 	}
 	_, err := c.watch(t.Context(), id, int64(len(whole)+1))
 	wantCode(t, err, codes.OutOfRange)
+}
+
+func TestWatch_ARetriedJobHasNotEndedForThoseWhoComeAfterIt(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	ctx := t.Context()
+	ended, err := stored(jobEvent(store.Job{ID: "j", State: store.Cancelled}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := f.store.Submit(ctx, store.Job{ID: "j", Tenant: "t", Spec: []byte{}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	j, err := f.store.Cancel(ctx, "j", ended)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := f.options("c").withDefaults()
+	o.Poll = time.Hour
+	d := newFeed(o) // nothing wakes it
+	defer d.end()
+	first, err := d.join(j)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.leave(first)
+	if err := d.watch(ctx, first, j.LastSeq, nil); err != nil { // it has ended
+		t.Fatal(err)
+	}
+	queued, err := stored(noticeEvent("retried"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if j, err = f.store.Retry(ctx, "j", nil, queued); err != nil {
+		t.Fatal(err)
+	}
+	second, err := d.join(j)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.leave(second)
+	within, done := context.WithTimeout(ctx, soon)
+	defer done()
+	enough := errors.New("enough")
+	got := d.watch(within, second, 1, func(e *archfarmv1.JobEvent) error {
+		if e.GetNotice() == "retried" {
+			return enough
+		}
+		return nil
+	})
+	if !errors.Is(got, enough) {
+		t.Errorf("watching after the retry: %v", got)
+	}
 }
 
 func TestWatch_EndsWhenTheCoordinatorDoes(t *testing.T) {

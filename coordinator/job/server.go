@@ -195,7 +195,7 @@ func (s *server) Cancel(ctx context.Context, req *archfarmv1.CancelRequest) (*ar
 	after.Legs = slices.Clone(j.Legs)
 	for i, l := range after.Legs {
 		if !l.State.Ended() {
-			after.Legs[i].State = store.Cancelled
+			after.Legs[i].State, after.Legs[i].Attempts = store.Cancelled, closed(l.Attempts, "", time.Now())
 		}
 	}
 	events, err := stored(jobEvent(after))

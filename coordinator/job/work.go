@@ -40,7 +40,7 @@ func (r *runner) work(ctx context.Context, stop context.CancelCauseFunc, c store
 	fault.Point(fault.JobClaimed)
 	held := store.Hold(context.WithoutCancel(ctx), c.Lease, r.Store.Renew, func() { stop(errCancelled) })
 	defer held.Release()
-	defer context.AfterFunc(held.Context, func() { stop(context.Cause(held.Context)) })()
+	defer context.AfterFunc(held.Context, func() { stop(context.Cause(held.Context)) })() //nolint:contextcheck // the lease's: it outlives ctx until it is given back
 
 	w := &work{runner: r, id: c.ID, job: c.Job, content: map[string]publish.Content{}, log: log, held: held.Context}
 	err := w.run(ctx, c)
@@ -76,7 +76,7 @@ func (w *work) run(ctx context.Context, c store.Claimed) error {
 			return err
 		}
 	}
-	w.recorder = newRecorder(w.held, w.Store, c, had, w.runner.committed, w.log)
+	w.recorder = newRecorder(w.held, w.Store, c, had, w.runner.committed, w.log) //nolint:contextcheck // the lease's: what has happened is recorded when ctx has ended
 	defer w.recorder.close()
 
 	if err := w.open(ctx); err != nil {

@@ -27,6 +27,7 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 
 	"github.com/archfarm/archfarm/coordinator/job"
+	jobspec "github.com/archfarm/archfarm/coordinator/job/spec"
 	"github.com/archfarm/archfarm/coordinator/split"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
@@ -185,7 +186,14 @@ func redactedURL(raw string) string {
 // addCaches gives each of several legs a place of its own for its cache, as the farm
 // does for the legs of one build, and lets all of them read the common one too.
 func addCaches(opt *client.SolveOpt, leg job.Leg) error {
-	in, out := leg.Spec.GetCacheFrom(), slices.Clone(leg.Spec.GetCacheTo())
+	in, err := jobspec.FillCaches(leg.Spec.GetCacheFrom(), leg.Secrets)
+	if err != nil {
+		return err
+	}
+	out, err := jobspec.FillCaches(leg.Spec.GetCacheTo(), leg.Secrets)
+	if err != nil {
+		return err
+	}
 	for _, e := range slices.Concat(in, out) {
 		if !slices.Contains(cacheTypes, e.GetType()) {
 			return status.Errorf(codes.InvalidArgument, "a job cannot use a cache of the type %q, only %s", e.GetType(), strings.Join(cacheTypes, ", "))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -27,7 +28,25 @@ const (
 
 // engine is a sqlstore.Engine over connections to a server.
 type engine struct {
-	pool *pgxpool.Pool
+	pool   *pgxpool.Pool
+	closed atomic.Bool
+}
+
+// farewell is how long connections have for their last words. To a server that has
+// become silent each would take 15 s.
+const farewell = 2 * time.Second
+
+func (e *engine) close() {
+	e.closed.Store(true)
+	closed := make(chan struct{})
+	go func() { // ends by itself, later than close where the server is silent
+		defer close(closed)
+		e.pool.Close()
+	}()
+	select {
+	case <-closed:
+	case <-time.After(farewell):
+	}
 }
 
 // Read calls fn, again when a connection breaks.
@@ -66,7 +85,7 @@ func (e *engine) try(ctx context.Context, do func(context.Context, *pgxpool.Conn
 	wait := firstWait
 	for left := tries - 1; ; left-- {
 		again, err := e.once(ctx, do)
-		if err == nil || !again || left == 0 || ctx.Err() != nil {
+		if err == nil || !again || left == 0 || ctx.Err() != nil || e.closed.Load() {
 			return classify(err)
 		}
 		select {

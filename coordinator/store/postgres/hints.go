@@ -34,8 +34,8 @@ type hints struct {
 	ended  sync.WaitGroup
 }
 
-func exchange(e *engine, wakes *sqlstore.Wakes, log *slog.Logger) *hints {
-	ctx, stop := context.WithCancel(context.Background())
+func exchange(ctx context.Context, e *engine, wakes *sqlstore.Wakes, log *slog.Logger) *hints {
+	ctx, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as the store is open
 	h := &hints{engine: e, wakes: wakes, log: log, self: rand.Text(), queue: make(chan store.Wake, unsent), stop: stop}
 	h.ended.Go(func() { h.send(ctx) })   // until close
 	h.ended.Go(func() { h.listen(ctx) }) // until close

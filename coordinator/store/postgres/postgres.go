@@ -133,7 +133,7 @@ func open(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (_ *Store,
 		return nil, err
 	}
 	wakes := &sqlstore.Wakes{}
-	hints := exchange(e, wakes, log)
+	hints := exchange(ctx, e, wakes, log)
 	wakes.Elsewhere = hints.tell
 	return &Store{Store: sqlstore.New(e, wakes), engine: e, wakes: wakes, hints: hints}, nil
 }
@@ -167,7 +167,7 @@ func (s *Store) Shared() bool { return true }
 func (s *Store) Close() error {
 	s.hints.close()
 	s.wakes.Close()
-	s.engine.pool.Close()
+	s.engine.close()
 	return nil
 }
 

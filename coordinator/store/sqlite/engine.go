@@ -59,7 +59,7 @@ func openEngine(ctx context.Context, path string) (*engine, error) {
 	if err != nil {
 		return nil, errors.Join(classify(err), writes.Close(), reads.Close())
 	}
-	running, stop := context.WithCancel(context.Background())
+	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as the store is open
 	e := &engine{
 		writes: writes, reads: reads, readBy: statements{prepare: reads.PrepareContext},
 		queue: make(chan *change), stop: stop, done: make(chan struct{}), began: time.Now(),
@@ -104,7 +104,7 @@ func (e *engine) Write(ctx context.Context, fn func(sqlstore.Tx) error) error {
 // write makes the changes, until ctx ends.
 func (e *engine) write(ctx context.Context, conn *sql.Conn) {
 	defer close(e.done)
-	defer conn.Close()
+	defer conn.Close() //nolint:errcheck // the pool, closed next, tells
 	using := statements{prepare: conn.PrepareContext}
 	defer using.close() //nolint:errcheck // the connection is closed next
 	writer := tx{ctx: context.WithoutCancel(ctx), engine: e, statements: &using}

@@ -46,8 +46,9 @@ type Options struct {
 type Store struct {
 	*sqlstore.Store
 	blobs
-	path  string
-	close func() error // once
+	path   string
+	engine *engine
+	close  func() error // once
 }
 
 var (
@@ -117,7 +118,7 @@ func open(ctx context.Context, o Options) (_ *Store, err error) {
 	wakes := &sqlstore.Wakes{}
 	return &Store{
 		Store: sqlstore.New(e, wakes), blobs: blobs{dir: o.BlobDir, now: e.now},
-		path: o.Path, close: sync.OnceValue(func() error {
+		path: o.Path, engine: e, close: sync.OnceValue(func() error {
 			wakes.Close()
 			return errors.Join(e.close(), lock.Close())
 		}),
@@ -256,7 +257,7 @@ func Backup(ctx context.Context, path, to string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer db.Close()
+	defer db.Close() //nolint:errcheck // nothing of it is needed any more
 	// Into an empty file, which only this user can read.
 	if _, err := db.ExecContext(ctx, "VACUUM INTO $1", to); err != nil {
 		return classify(err)

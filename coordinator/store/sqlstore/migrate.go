@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// ErrSchema: the database and the program do not go together.
+// ErrSchema is of a database and a program that do not go together.
 var ErrSchema = errors.New("the database's schema is not this program's")
 
 // Migration is a step from one schema to the next.

@@ -60,16 +60,16 @@ func testBlobs(t *testing.T, s store.Store) {
 
 func testSweep(t *testing.T, s store.Store) {
 	ctx := t.Context()
-	put := func(tenant, content string) string {
+	put := func(content string) string {
 		d := digest.FromString(content).String()
-		ok(t, s.PutBlob(ctx, tenant, d, []byte(content)))
+		ok(t, s.PutBlob(ctx, "acme", d, []byte(content)))
 		return d
 	}
-	named, asked, again, swept := put("acme", "named"), put("acme", "asked"), put("acme", "again"), put("acme", "swept")
+	named, asked, again, swept := put("named"), put("asked"), put("again"), put("swept")
 	ok(t, s.PutBlob(ctx, "other", named, []byte("named")))
 	before := later(t, s)
-	fresh := put("acme", "fresh")
-	put("acme", "again")
+	fresh := put("fresh")
+	put("again")
 	_, err := s.MissingBlobs(ctx, "acme", []string{asked})
 	ok(t, err)
 	freed, err := s.SweepBlobs(ctx, before, func(tenant, d string) bool {

@@ -233,15 +233,14 @@ func testClaimRace(t *testing.T, s store.Store) {
 }
 
 func testLeaseLost(t *testing.T, s store.Store) {
-	ctx := t.Context()
 	submit(t, s, job("a"))
 	refused := func(l store.Lease) {
 		t.Helper()
 		before := get(t, s, "a")
-		_, _, err := s.Renew(ctx, l)
+		_, _, err := s.Renew(t.Context(), l)
 		is(t, err, store.ErrLeaseLost)
-		is(t, s.Release(ctx, l), store.ErrLeaseLost)
-		_, err = s.Update(ctx, l, store.Update{State: store.Succeeded, Events: events(1)})
+		is(t, s.Release(t.Context(), l), store.ErrLeaseLost)
+		_, err = s.Update(t.Context(), l, store.Update{State: store.Succeeded, Events: events(1)})
 		is(t, err, store.ErrLeaseLost)
 		same(t, "the job", get(t, s, "a"), before)
 	}
@@ -253,24 +252,24 @@ func testLeaseLost(t *testing.T, s store.Store) {
 		t.Errorf("epoch %d comes after %d", next.Lease.Epoch, ended.Lease.Epoch)
 	}
 	before := time.Now()
-	renewed, cancel, err := s.Renew(ctx, next.Lease)
+	renewed, cancel, err := s.Renew(t.Context(), next.Lease)
 	ok(t, err)
 	if cancel || renewed.Asked.Before(before) || renewed.Epoch != next.Lease.Epoch {
 		t.Errorf("renewed is %+v, to be cancelled: %v", renewed, cancel)
 	}
-	_, err = s.Update(ctx, next.Lease, store.Update{State: store.Running})
+	_, err = s.Update(t.Context(), next.Lease, store.Update{State: store.Running})
 	ok(t, err)
 	none := next.Lease
 	none.Job = "none"
-	_, _, err = s.Renew(ctx, none)
+	_, _, err = s.Renew(t.Context(), none)
 	is(t, err, store.ErrLeaseLost)
-	_, err = s.Update(ctx, none, store.Update{})
+	_, err = s.Update(t.Context(), none, store.Update{})
 	if err == nil {
 		t.Error("a job that is not there was updated")
 	}
 	short := next.Lease
 	short.For = over
-	_, _, err = s.Renew(ctx, short)
+	_, _, err = s.Renew(t.Context(), short)
 	ok(t, err)
 	refused(next.Lease)
 }
@@ -391,30 +390,29 @@ func testCancel(t *testing.T, s store.Store) {
 }
 
 func testRetry(t *testing.T, s store.Store) {
-	ctx := t.Context()
-	_, err := s.Retry(ctx, "none", nil, nil)
+	_, err := s.Retry(t.Context(), "none", nil, nil)
 	is(t, err, store.ErrNotFound)
 	submit(t, s, job("a"))
-	_, err = s.Retry(ctx, "a", nil, nil)
+	_, err = s.Retry(t.Context(), "a", nil, nil)
 	is(t, err, store.ErrConflict)
 	end := func() {
 		t.Helper()
 		c := claim(t, s, "one", long)
-		_, err := s.Update(ctx, c.Lease, store.Update{State: store.Running})
+		_, err := s.Update(t.Context(), c.Lease, store.Update{State: store.Running})
 		ok(t, err)
-		_, err = s.Update(ctx, c.Lease, store.Update{State: store.Failed, Digest: "sha256:d", Error: "e", Legs: []store.Leg{
+		_, err = s.Update(t.Context(), c.Lease, store.Update{State: store.Failed, Digest: "sha256:d", Error: "e", Legs: []store.Leg{
 			{Platform: "linux/amd64", State: store.Succeeded, Descriptor: []byte("{}"), Worker: "w", Attempts: []store.Attempt{{Number: 1}}},
 			{Platform: "linux/arm64", State: store.Failed, Error: "e", Attempts: []store.Attempt{{Number: 1}}},
 		}})
 		ok(t, err)
-		_, err = s.Update(ctx, c.Lease, store.Update{})
+		_, err = s.Update(t.Context(), c.Lease, store.Update{})
 		is(t, err, store.ErrLeaseLost)
 	}
 	end()
-	_, err = s.Retry(ctx, "a", []string{"linux/s390x"}, nil)
+	_, err = s.Retry(t.Context(), "a", []string{"linux/s390x"}, nil)
 	is(t, err, store.ErrConflict)
 	ended := get(t, s, "a")
-	got, err := s.Retry(ctx, "a", nil, events(2))
+	got, err := s.Retry(t.Context(), "a", nil, events(2))
 	ok(t, err)
 	want := ended
 	want.State, want.Digest, want.Error, want.Retries, want.LastSeq = store.Queued, "", "", 1, ended.LastSeq+2
@@ -424,10 +422,10 @@ func testRetry(t *testing.T, s store.Store) {
 	same(t, "retried", got, want)
 	same(t, "stored", get(t, s, "a"), want)
 	end()
-	got, err = s.Retry(ctx, "a", []string{"linux/amd64"}, nil)
+	got, err = s.Retry(t.Context(), "a", []string{"linux/amd64"}, nil)
 	ok(t, err)
 	same(t, "legs", got.Legs, []store.Leg{{Platform: "linux/amd64", State: store.Queued}, {Platform: "linux/arm64", State: store.Queued}})
-	listed, err := s.List(ctx, store.Query{Repository: "registry.example/app", States: []store.State{store.Queued}})
+	listed, err := s.List(t.Context(), store.Query{Repository: "registry.example/app", States: []store.State{store.Queued}})
 	ok(t, err)
 	same(t, "listed", ids(listed), []string{"a"})
 }

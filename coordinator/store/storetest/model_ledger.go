@@ -22,11 +22,11 @@ func testLedgerModel(t *testing.T, s store.Store) {
 	rapid.Check(t, func(rt *rapid.T) {
 		round++
 		m := &ledgerModel{ctx: t.Context(), store: s, round: fmt.Sprint(round), publications: map[string]*modelPublication{}}
+		defer m.clear() // also after a failure, which is repeated to find the shortest
 		rt.Repeat(map[string]func(*rapid.T){
 			"bind": m.bind, "bindAgain": m.bindAgain, "renew": m.renew, "settle": m.settle,
 			"abandoned": m.abandoned, "takeover": m.takeover, "": m.check,
 		})
-		m.clear(rt)
 	})
 }
 
@@ -252,17 +252,16 @@ func (m *ledgerModel) check(t *rapid.T) {
 }
 
 // clear settles everything, so that the next round finds nothing abandoned.
-func (m *ledgerModel) clear(t *rapid.T) {
+func (m *ledgerModel) clear() {
 	for _, p := range m.publications {
-		if !p.pending() {
+		got, l, err := m.store.Bind(m.ctx, publication(p.id), p.owner, long, nil)
+		if err != nil {
 			continue
 		}
-		got, l, err := m.store.Bind(m.ctx, publication(p.id), p.owner, long, nil)
-		must(t, err)
 		states := map[int64]store.BindingState{}
 		for _, b := range got.Bindings {
 			states[b.ID] = store.Undone
 		}
-		must(t, m.store.Settle(m.ctx, l, states))
+		_ = m.store.Settle(m.ctx, l, states)
 	}
 }

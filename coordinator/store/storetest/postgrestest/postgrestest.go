@@ -39,7 +39,7 @@ const (
 	stopping = 20 * time.Second
 )
 
-// ErrMissing: PostgreSQL's programs are not there.
+// ErrMissing is that PostgreSQL's programs are not there.
 var ErrMissing = errors.New("no PostgreSQL: install Debian's package postgresql")
 
 // Server is a running server. Its methods are for one goroutine at a time, but for
@@ -271,12 +271,36 @@ func (s *Server) Drop(ctx context.Context, name string) error {
 	return s.do(ctx, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
 }
 
+// Dump is what makes a database, as one script of SQL.
+func (s *Server) Dump(ctx context.Context, name string) ([]byte, error) {
+	out, err := s.command(ctx, "pg_dump", "--inserts", "--column-inserts", "--no-owner", s.URL(name)).Output()
+	if err != nil {
+		return nil, fmt.Errorf("pg_dump: %w", err)
+	}
+	var lines []string
+	for line := range strings.Lines(string(out)) {
+		if !strings.HasPrefix(line, `\`) && !strings.HasPrefix(line, "-- Dumped ") { // psql's, and versions
+			lines = append(lines, line)
+		}
+	}
+	return []byte(strings.Join(lines, "")), nil
+}
+
+// Load runs a script of SQL.
+func (s *Server) Load(ctx context.Context, name string, script []byte) error {
+	return s.in(ctx, name, string(script))
+}
+
 func (s *Server) do(ctx context.Context, statement string) error {
-	conn, err := pgx.Connect(ctx, s.URL("postgres"))
+	return s.in(ctx, "postgres", statement)
+}
+
+func (s *Server) in(ctx context.Context, database, script string) error {
+	conn, err := pgx.Connect(ctx, s.URL(database))
 	if err != nil {
 		return err
 	}
-	_, err = conn.Exec(ctx, statement)
+	_, err = conn.PgConn().Exec(ctx, script).ReadAll()
 	return errors.Join(err, conn.Close(ctx))
 }
 
