@@ -26,6 +26,7 @@ const (
 	DefaultJobTimeout   = 6 * time.Hour
 	DefaultJobAttempts  = 3
 	DefaultJobRetention = 30 * 24 * time.Hour
+	DefaultWorkerWait   = 5 * time.Minute
 	// DefaultLease is how long a job of a coordinator that was killed stays its own.
 	DefaultLease = 15 * time.Second
 	// StoreFile is the database's name in DataDir.
@@ -104,8 +105,9 @@ type Config struct {
 	MaxJobs int
 	// JobTimeout and JobAttempts hold for jobs that do not say. JobRetention is for how
 	// long ended jobs are kept, JobLease how long a lost coordinator's jobs rest.
-	JobTimeout, JobRetention, JobLease time.Duration
-	JobAttempts                        int
+	// JobWorkerWait is how long a leg waits for a worker of its platform to be attached.
+	JobTimeout, JobRetention, JobLease, JobWorkerWait time.Duration
+	JobAttempts                                       int
 	// MaxContext bounds an uploaded context, in bytes.
 	MaxContext int64
 	// Stop, when closed, ends the wait for running builds.
@@ -169,6 +171,7 @@ func (c *Config) jobDefaults() {
 	c.JobAttempts = cmp.Or(max(c.JobAttempts, 0), DefaultJobAttempts)
 	c.JobTimeout = cmp.Or(max(c.JobTimeout, 0), DefaultJobTimeout)
 	c.JobRetention = cmp.Or(max(c.JobRetention, 0), DefaultJobRetention)
+	c.JobWorkerWait = cmp.Or(max(c.JobWorkerWait, 0), DefaultWorkerWait)
 	c.JobLease = cmp.Or(max(c.JobLease, 0), DefaultLease)
 	c.MaxContext = cmp.Or(max(c.MaxContext, 0), DefaultMaxContext)
 }

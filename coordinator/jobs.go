@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"golang.org/x/sync/errgroup"
 
@@ -17,6 +18,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/job"
 	"github.com/archfarm/archfarm/coordinator/legbuild"
 	"github.com/archfarm/archfarm/coordinator/publish"
+	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/store"
 	"github.com/archfarm/archfarm/identity"
 )
@@ -40,6 +42,7 @@ func (c *coordinator) openJobs(ctx context.Context) (err error) {
 	c.jobs = job.New(job.Options{
 		Store: c.state.store, Publisher: c.publisher, Contexts: c.state.contexts, Key: c.state.key, Resolve: gitref.Resolve, Owner: c.cfg.Name,
 		Builder: legbuild.New(legbuild.Options{Dial: c.inside.Dial, DialOptions: access.DialOptions(), Workers: c.workerOf, Log: c.log}),
+		Runs:    c.runs, WorkerWait: c.cfg.JobWorkerWait,
 		MaxJobs: c.cfg.MaxJobs, Lease: c.cfg.JobLease, Timeout: c.cfg.JobTimeout, MaxAttempts: c.cfg.JobAttempts, Retention: c.cfg.JobRetention,
 		Log: c.log, Metrics: c.metrics,
 	})
@@ -56,6 +59,16 @@ func (c *coordinator) workerOf(ref string) string {
 		return leg.Worker
 	}
 	return ""
+}
+
+// runs tells whether a worker that builds a platform is attached.
+func (c *coordinator) runs(platform string, pools []string) bool {
+	p, err := platforms.Parse(platform)
+	if err != nil {
+		return true // which the build will say
+	}
+	p = platforms.Normalize(p)
+	return c.farm.Scheduler.Native(p, pools...) || c.farm.Scheduler.Emulates(schedule.Demand{Platform: p, Pools: pools})
 }
 
 // work runs jobs, finishes what crashes have left, and tidies up, until ctx ends.

@@ -154,6 +154,10 @@ func (s sharing) held(t *testing.T, gate *farmtest.Gate) string {
 	s.second.Coordinator.Signal(syscall.SIGSTOP) // so that the first gets it
 	id := s.submit(t, "--context", dir, "--platform", both, "--tag", s.ref("v1.0.0"))
 	gate.WaitArrival(t, s.Farm.Coordinator, jobLimit)
+	farmtest.Eventually(t, jobLimit, "the arm64 leg is done", func() (string, bool) {
+		job, err := s.client.Get(t.Context(), id)
+		return job.String(), err == nil && legOf(job, "linux/arm64").GetState() == archfarmv1.JobLeg_STATE_SUCCEEDED
+	})
 	s.second.Coordinator.Signal(syscall.SIGCONT)
 	return id
 }

@@ -68,6 +68,7 @@ func jobFlags(flags *pflag.FlagSet) {
 	flags.Int("job-attempts", coordinator.DefaultJobAttempts, "how often a leg is tried whose failure is not its build's, of a job that does not say itself")
 	flags.Duration("job-retention", coordinator.DefaultJobRetention, "for how long ended jobs are kept, with their logs")
 	flags.Duration("job-lease", coordinator.DefaultLease, "how long another coordinator waits before it goes on with the jobs of one that is lost")
+	flags.Duration("job-worker-wait", coordinator.DefaultWorkerWait, "how long a job waits for a worker of its platform to be attached, before it is tried all the same")
 	flags.Int64("max-context-size", coordinator.DefaultMaxContext, "bytes that an uploaded context may have")
 }
 
@@ -92,7 +93,7 @@ func jobConfig(flags *pflag.FlagSet, cfg *coordinator.Config) error {
 			return usageError{fmt.Errorf("--%s %d: at least 1 must be possible", name, *value)}
 		}
 	}
-	for name, value := range map[string]*time.Duration{"job-timeout": &cfg.JobTimeout, "job-retention": &cfg.JobRetention, "job-lease": &cfg.JobLease} {
+	for name, value := range map[string]*time.Duration{"job-timeout": &cfg.JobTimeout, "job-retention": &cfg.JobRetention, "job-lease": &cfg.JobLease, "job-worker-wait": &cfg.JobWorkerWait} {
 		if *value, _ = flags.GetDuration(name); *value <= 0 {
 			return usageError{fmt.Errorf("--%s must be positive", name)}
 		}

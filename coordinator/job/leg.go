@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/coordinator/split"
 	"github.com/archfarm/archfarm/coordinator/store"
 	"github.com/archfarm/archfarm/fault"
 	"github.com/archfarm/archfarm/identity"
@@ -87,6 +88,7 @@ func (w *work) check(ctx context.Context) error {
 // had to wait.
 func (w *work) attempts(ctx context.Context, l store.Leg, dir string) error {
 	for {
+		w.awaitWorker(ctx, l.Platform)
 		if err := w.mayBegin(ctx); err != nil {
 			return err
 		}
@@ -125,6 +127,33 @@ func (w *work) mayBegin(ctx context.Context) error {
 		return errDraining
 	}
 	return nil
+}
+
+const (
+	// workerPoll is how often a leg looks for a worker that is not there.
+	workerPoll = 250 * time.Millisecond
+	// unnoticed is for how long nobody is told that it does.
+	unnoticed = 2 * time.Second
+)
+
+// awaitWorker returns when somebody may be able to build the leg, when it has waited
+// long enough, or when it need not any more.
+func (w *work) awaitWorker(ctx context.Context, platform string) {
+	pools := w.job.Pools
+	if asked, ok := w.spec.GetBuildArgs()[split.PoolArg]; ok {
+		pools, _ = split.Pools(map[string]string{"build-arg:" + split.PoolArg: asked}) // what is wrong with it, the build will say
+	}
+	told := false
+	for began := time.Now(); w.Runs != nil && !w.Runs(platform, pools) && w.mayBegin(ctx) == nil; w.pause(ctx, workerPoll) {
+		waited := time.Since(began)
+		if waited > w.WorkerWait {
+			return
+		}
+		if waited > unnoticed && !told {
+			told = true
+			w.notice(fmt.Sprintf("no native worker for %s is attached: waiting for one, for at most %s", platform, w.WorkerWait))
+		}
+	}
 }
 
 func (w *work) pause(ctx context.Context, d time.Duration) {

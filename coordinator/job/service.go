@@ -46,6 +46,13 @@ type Options struct {
 	Key       Key
 	// Resolve finds the commit of a git context.
 	Resolve Resolve
+	// Runs tells whether a worker is attached that builds a platform, in one of the pools
+	// (none: any). Nil: one always is.
+	Runs func(platform string, pools []string) bool
+	// WorkerWait is how long a leg waits for such a worker before it is tried all the
+	// same; 5 minutes when zero. Workers come back some time after their coordinator,
+	// and autoscalers start them when something waits.
+	WorkerWait time.Duration
 	// Owner names this coordinator in leases and to users; unique among those that
 	// share the Store.
 	Owner string
@@ -79,6 +86,7 @@ func (o Options) withDefaults() Options {
 	o.Poll = cmp.Or(o.Poll, 2*time.Second)
 	o.Timeout = cmp.Or(o.Timeout, 2*time.Hour)
 	o.MaxAttempts = cmp.Or(o.MaxAttempts, 3)
+	o.WorkerWait = cmp.Or(o.WorkerWait, 5*time.Minute)
 	o.Backoff = cmp.Or(o.Backoff, time.Second)
 	o.Retention = cmp.Or(o.Retention, 30*24*time.Hour)
 	o.MaxWatchers = cmp.Or(o.MaxWatchers, 10_000)

@@ -1,7 +1,6 @@
 package job
 
 import (
-	"cmp"
 	"context"
 	"net/http"
 	"slices"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/archfarm/archfarm/coordinator/gitref"
-	"github.com/archfarm/archfarm/coordinator/store"
 
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
@@ -260,23 +258,10 @@ func TestSubmit_ARequestIsOneJob(t *testing.T) {
 	wantCode(t, err, codes.AlreadyExists, ids[0])
 }
 
-// finding is a store that finds jobs by their request.
-type finding struct{ store.Store }
-
-func (s finding) JobOfRequest(ctx context.Context, tenant, requestID string) (store.Job, error) {
-	jobs, err := s.List(ctx, store.Query{Tenants: []string{tenant}, Limit: 1000})
-	i := slices.IndexFunc(jobs, func(j store.Job) bool { return j.RequestID == requestID })
-	if err != nil || i < 0 {
-		return store.Job{}, cmp.Or(err, store.ErrNotFound)
-	}
-	return jobs[i], nil
-}
-
 func TestSubmit_ARequestsCommitIsFoundOutOnce(t *testing.T) {
 	t.Parallel()
 	var asked atomic.Int32
 	c := newFarm(t).start(&builds{}, func(o *Options) {
-		o.Store = finding{o.Store}
 		o.Resolve = func(context.Context, *archfarmv1.GitContext, gitref.Auth) (*archfarmv1.Source, error) {
 			if asked.Add(1) > 1 {
 				return nil, status.Error(codes.NotFound, "the branch was deleted")

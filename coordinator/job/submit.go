@@ -80,20 +80,10 @@ func digestOf(req *archfarmv1.SubmitRequest) (string, error) {
 	return digest, err
 }
 
-// requests is a store that finds jobs by their request.
-type requests interface {
-	// JobOfRequest returns the tenant's job that a request id has made; ErrNotFound.
-	JobOfRequest(ctx context.Context, tenant, requestID string) (store.Job, error)
-}
-
 // earlier is the answer to a request that has made a job already, nil when it has
 // not: what its git reference means by now does not matter.
 func (s *server) earlier(ctx context.Context, tenant, request, digest string) (*archfarmv1.SubmitResponse, error) {
-	finder, ok := s.Store.(requests)
-	if request == "" || !ok { // then Store.Submit finds it, later
-		return nil, nil
-	}
-	j, err := finder.JobOfRequest(ctx, tenant, request)
+	j, err := s.Store.JobOfRequest(ctx, tenant, request)
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 		return nil, nil

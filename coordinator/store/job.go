@@ -141,6 +141,9 @@ type Jobs interface {
 	Submit(ctx context.Context, job Job, events []Event) (Job, bool, error)
 	// Job returns a job by its id; ErrNotFound.
 	Job(ctx context.Context, id string) (Job, error)
+	// JobOfRequest returns the tenant's job that has the RequestID; ErrNotFound, also
+	// when that is empty.
+	JobOfRequest(ctx context.Context, tenant, requestID string) (Job, error)
 	// FindJobs returns the ids, at most two, that begin with a prefix.
 	FindJobs(ctx context.Context, prefix string) ([]string, error)
 	// List returns jobs, the newest first.

@@ -65,8 +65,7 @@ func submit(tx Tx, j store.Job, events []store.Event) (submitted, error) {
 }
 
 func taken(tx Tx, j store.Job) (submitted, error) {
-	there, err := one(tx, scanJob, "SELECT "+jobColumns+" FROM jobs WHERE tenant = $1 AND request_id = $2 AND request_id <> ''",
-		text(j.Tenant), text(j.RequestID))
+	there, err := ofRequest(tx, j.Tenant, j.RequestID)
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 		return submitted{}, fmt.Errorf("the job's id: %w", store.ErrConflict)
@@ -133,6 +132,16 @@ func (s *Store) Job(ctx context.Context, id string) (store.Job, error) {
 		return one(tx, scanJob, "SELECT "+jobColumns+" FROM jobs WHERE id = $1", text(id))
 	})
 	return j.Job, err
+}
+
+// JobOfRequest returns the tenant's job that has the RequestID.
+func (s *Store) JobOfRequest(ctx context.Context, tenant, requestID string) (store.Job, error) {
+	j, err := read(ctx, s, "the job of a request", func(tx Tx) (job, error) { return ofRequest(tx, tenant, requestID) })
+	return j.Job, err
+}
+
+func ofRequest(tx Tx, tenant, requestID string) (job, error) {
+	return one(tx, scanJob, "SELECT "+jobColumns+" FROM jobs WHERE tenant = $1 AND request_id = $2 AND request_id <> ''", text(tenant), text(requestID))
 }
 
 // FindJobs returns the ids, at most two, that begin with a prefix.
