@@ -83,18 +83,6 @@ func (r jobRig) ended(t *testing.T, id string, want archfarmv1.Job_State) *archf
 	return job
 }
 
-// waitState waits until a job is in a state.
-func (r jobRig) waitState(t *testing.T, id string, want archfarmv1.Job_State) {
-	t.Helper()
-	farmtest.Eventually(t, jobLimit, "job "+id+" is "+want.String(), func() (string, bool) {
-		job, err := r.client.Get(t.Context(), id)
-		if err != nil {
-			return err.Error(), false
-		}
-		return job.String(), job.GetState() == want
-	})
-}
-
 // readJSON reads the JSON that a command has printed, behind what it said on standard error.
 func readJSON(t *testing.T, output string, into any) {
 	t.Helper()

@@ -135,7 +135,7 @@ func (f *fleetClient) changeAll(cmd *cobra.Command, names []string, action archf
 		}
 		w := answer.GetWorker()
 		changed[name] = w.GetSlots().GetUsed()
-		fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, %s\n", name, stateName(w.GetState()), running(w.GetSlots().GetUsed()))
+		fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, %s\n", name, shortState(w.GetState()), running(w.GetSlots().GetUsed()))
 	}
 	return changed, errors.Join(failed...)
 }

@@ -91,7 +91,7 @@ func workerFilter(cmd *cobra.Command) (func(*archfarmv1.Worker) bool, error) {
 		}
 	}
 	return func(w *archfarmv1.Worker) bool {
-		return (len(pools) == 0 || slices.Contains(pools, w.GetPool())) && (len(in) == 0 || slices.Contains(in, stateName(w.GetState()))) &&
+		return (len(pools) == 0 || slices.Contains(pools, w.GetPool())) && (len(in) == 0 || slices.Contains(in, shortState(w.GetState()))) &&
 			!slices.ContainsFunc(wanted, func(p string) bool { return !slices.Contains(w.GetPlatforms(), p) }) &&
 			!slices.ContainsFunc(labels, func(l string) bool { return !labelled(w, l) })
 	}, nil
@@ -122,15 +122,10 @@ func states() []string {
 	var out []string
 	for _, number := range slices.Sorted(maps.Keys(archfarmv1.Worker_State_name)) {
 		if s := archfarmv1.Worker_State(number); s != archfarmv1.Worker_STATE_UNSPECIFIED {
-			out = append(out, stateName(s))
+			out = append(out, shortState(s))
 		}
 	}
 	return out
-}
-
-// stateName is the state without the enumeration's prefix: "ready".
-func stateName(s archfarmv1.Worker_State) string {
-	return strings.ToLower(strings.TrimPrefix(s.String(), "STATE_"))
 }
 
 // fleetClient is a farm that is asked about its workers and its queue.
@@ -204,7 +199,7 @@ func completeWorkers(cmd *cobra.Command, args []string, _ string) ([]cobra.Compl
 	var out []cobra.Completion
 	for _, w := range workers {
 		if !slices.Contains(args, w.GetName()) {
-			out = append(out, cobra.CompletionWithDesc(printable(w.GetName()), fmt.Sprintf("%s, %d of %d slots used", stateName(w.GetState()), w.GetSlots().GetUsed(), w.GetSlots().GetTotal())))
+			out = append(out, cobra.CompletionWithDesc(printable(w.GetName()), fmt.Sprintf("%s, %d of %d slots used", shortState(w.GetState()), w.GetSlots().GetUsed(), w.GetSlots().GetTotal())))
 		}
 	}
 	return out, cobra.ShellCompDirectiveNoFileComp
@@ -249,7 +244,7 @@ type loadJSON struct {
 func workerOf(w *archfarmv1.Worker) workerJSON {
 	out := workerJSON{
 		Name: w.GetName(), Pool: w.GetPool(), Labels: map[string]string{}, Platforms: append([]string{}, w.GetPlatforms()...), Emulated: append([]string{}, w.GetEmulated()...),
-		Slots: slotsJSON{w.GetSlots().GetTotal(), w.GetSlots().GetUsed()}, State: stateName(w.GetState()), Reason: w.GetReason(),
+		Slots: slotsJSON{w.GetSlots().GetTotal(), w.GetSlots().GetUsed()}, State: shortState(w.GetState()), Reason: w.GetReason(),
 		Version: w.GetVersion(), BuildKit: w.GetBuildkitVersion(), Machine: w.GetMachine(), Since: w.GetSince().AsTime(),
 	}
 	maps.Copy(out.Labels, w.GetLabels())

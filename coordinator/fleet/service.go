@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/archfarm/archfarm/edit"
 	"github.com/archfarm/archfarm/identity"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
@@ -80,7 +81,7 @@ func (f *Fleet) hint(name string) string {
 	workers := f.Workers()
 	for _, w := range workers {
 		a, b := strings.ToLower(name[:min(len(name), maxNameLength)]), strings.ToLower(w.Name)
-		distance := editDistance(a, b)
+		distance := edit.Distance(a, b)
 		if distance <= 2 || a != "" && strings.Contains(b, a) {
 			alike = append(alike, candidate{w.Name, distance})
 		}
@@ -102,26 +103,4 @@ func (f *Fleet) hint(name string) string {
 		return "; attached are: " + strings.Join(names, ", ")
 	}
 	return `; "archfarm workers" lists them`
-}
-
-// editDistance is how many bytes have to be inserted, deleted or replaced to make one
-// string the other (Levenshtein).
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			replaced := diagonal
-			if a[i] != b[j] {
-				replaced++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j+1]+1, row[j]+1)
-		}
-	}
-	return row[len(b)]
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/edit"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
@@ -138,28 +139,11 @@ func (r refs) similar(ref string) []string {
 	return names
 }
 
-// distance is Levenshtein's, of at most 128 bytes of each; 0 also where one holds the
-// other.
+// distance is that of at most 128 bytes of each; 0 also where one holds the other.
 func distance(a, b string) int {
 	a, b = a[:min(len(a), 128)], b[:min(len(b), 128)]
 	if strings.Contains(a, b) || strings.Contains(b, a) {
 		return 0
 	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
+	return edit.Distance(a, b)
 }
