@@ -6,12 +6,17 @@
 #   ARCHFARM_CERT_DIR  with ca.pem, cert.pem and key.pem, as archfarm client-cert makes them; not for loopback
 #   GIT_URL, GIT_REF   what to build; without GIT_URL, the commit that is checked out here
 #   REGISTRY_USER, REGISTRY_PASSWORD   for IMAGE's registry; may be left out
+#   POLL               seconds between two looks at the job (default: 5)
 set -euo pipefail
 : "${FARM:?}" "${IMAGE:?}" "${RUN_ID:?}"
 farm() { # METHOD PATH [ARGUMENT…] of curl
-	local certs=()
+	local certs=() answer
 	[ -z "${ARCHFARM_CERT_DIR:-}" ] || certs=(--cacert "$ARCHFARM_CERT_DIR/ca.pem" --cert "$ARCHFARM_CERT_DIR/cert.pem" --key "$ARCHFARM_CERT_DIR/key.pem")
-	curl --silent --show-error --fail-with-body "${certs[@]}" --request "$1" "$FARM$2" "${@:3}"
+	if ! answer=$(curl --silent --show-error --fail-with-body "${certs[@]}" --request "$1" "$FARM$2" "${@:3}"); then
+		echo "archfarm: $1 $2: $answer" >&2 # why it was refused, each fault by its field
+		return 1
+	fi
+	echo "$answer"
 }
 
 if [ -n "${GIT_URL:-}" ]; then
@@ -23,20 +28,35 @@ else
 fi
 
 # The password goes from the environment into the request, and is on nobody's command line.
-export IMAGE RUN_ID REGISTRY_USER="${REGISTRY_USER:-}" REGISTRY_PASSWORD="${REGISTRY_PASSWORD:-}"
-id=$(jq -n --argjson context "$context" '{
-	requestId: env.RUN_ID,
-	spec: {$context, platforms: ["linux/amd64", "linux/arm64"], tags: [env.IMAGE + ":{{.GitSHA}}"]},
-	credentials: (if env.REGISTRY_USER == "" then [] else
-		[{host: (env.IMAGE | split("/")[0]), username: env.REGISTRY_USER, password: env.REGISTRY_PASSWORD}] end)
-}' | farm POST /v1/jobs --header 'Content-Type: application/json' --data-binary @- | jq -r .job.id)
-echo "archfarm: job $id" >&2
+export IMAGE REGISTRY_USER="${REGISTRY_USER:-}" REGISTRY_PASSWORD="${REGISTRY_PASSWORD:-}"
+submit() { # REQUEST_ID
+	jq -n --arg id "$1" --argjson context "$context" '{
+		requestId: $id,
+		spec: {$context, platforms: ["linux/amd64", "linux/arm64"], tags: [env.IMAGE + ":{{.GitSHA}}"]},
+		credentials: (if env.REGISTRY_USER == "" then [] else
+			[{host: (env.IMAGE | split("/")[0]), username: env.REGISTRY_USER, password: env.REGISTRY_PASSWORD}] end)
+	}' | farm POST /v1/jobs --header 'Content-Type: application/json' --data-binary @-
+}
 
+# As in pipeline.sh: when the run's job has failed or was cancelled, it is another one.
+request=$RUN_ID again=0
 while
-	job=$(farm GET "/v1/jobs/$id" --retry 10 --retry-connrefused)
+	job=$(submit "$request") || exit
 	state=$(jq -r .job.state <<<"$job")
-	[[ $state != STATE_@(SUCCEEDED|FAILED|CANCELLED) ]]
-do sleep 5; done
+	[[ $state == STATE_@(FAILED|CANCELLED) ]]
+do request=$RUN_ID.$((again += 1)); done
+id=$(jq -r .job.id <<<"$job")
+echo "archfarm: job $id" >&2
+trap 'trap - INT TERM; farm POST "/v1/jobs/$id:cancel" >/dev/null; exit 130' INT TERM
+
+# A coordinator that is started anew is away for a moment: it takes 60 questions without an answer to end this.
+for ((lost = 0; lost < 60; lost++)); do
+	if job=$(farm GET "/v1/jobs/$id"); then
+		lost=0 state=$(jq -r .job.state <<<"$job")
+		[[ $state != STATE_@(SUCCEEDED|FAILED|CANCELLED) ]] || break
+	fi
+	sleep "${POLL:-5}" & wait $! # the trap does not have to wait
+done
 if [ "$state" != STATE_SUCCEEDED ]; then
 	jq -r '"archfarm: " + .job.state + ": " + .job.error' <<<"$job" >&2
 	exit 1

@@ -21,14 +21,16 @@ elif [ ! -e "$ARCHFARM_CERT_DIR/cert.pem" ]; then
 fi
 
 # Whoever submits the same id again gets the job that is there: a run that is started again after the runner was lost
-# does not build twice.
-archfarm submit --context . --platform linux/amd64,linux/arm64 --tag "$IMAGE:{{.GitSHA}}" \
-	--request-id "$RUN_ID" --output json >"$work/job"
+# does not build twice. When its job has failed or was cancelled, it is another job, which begins with what the workers'
+# caches have: the first one's credentials may have ended with the first CI job.
+request=$RUN_ID again=0
+while
+	archfarm submit --context . --platform linux/amd64,linux/arm64 --tag "$IMAGE:{{.GitSHA}}" \
+		--request-id "$request" --output json >"$work/job" || exit
+	[[ $(jq -r .state "$work/job") == @(failed|cancelled) ]]
+do request=$RUN_ID.$((again += 1)); done
 id=$(jq -r .id "$work/job")
 echo "archfarm: job $id" >&2
-
-# A run that is started again because it failed builds again what failed, and nothing else.
-[ "$(jq -r .state "$work/job")" != failed ] || archfarm retry "$id" >&2
 
 archfarm watch "$id" --progress plain --output json >"$work/result" &
 watcher=$!
