@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strings"
 	"syscall"
 	"testing"
@@ -123,4 +124,48 @@ func (r jobRig) follow(ctx context.Context, id string) error {
 		return fmt.Errorf("watching %s: the states were %q", id, states)
 	}
 	return nil
+}
+
+// TestCrash_APushIsFinishedOrUndone kills the coordinator while it publishes a build of docker buildx, whose credentials
+// are gone with it: the next one finds out from the registry which tags moved, and its ledger says so.
+func TestCrash_APushIsFinishedOrUndone(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	r := newJobRig(t, farmtest.FarmOptions{CoordinatorArgs: []string{"--job-lease", "3s"}})
+	for i, point := range []string{fault.PublishBound, fault.PublishIndex, fault.PublishTagged, fault.PublishTagged + ":2", fault.PublishChecked} {
+		r.Farm.Coordinator.Signal(syscall.SIGKILL)
+		r.Farm.Coordinator.Wait(t, jobLimit)
+		r.Farm.StartCoordinator(t, "ARCHFARM_FAULT="+point)
+		r.Farm.WaitWorkers(t, "amd-1 is back", ready("amd-1"))
+		r.Farm.WaitWorkers(t, "arm-1 is back", ready("arm-1"))
+
+		repo := fmt.Sprintf("%s/%d", r.repo, i)
+		dir := r.context(t, map[string]string{"Dockerfile": plain, "hello": point})
+		push := r.Client.StartBuild(t, "--platform", both, "--push", "-t", r.registry.Host+"/"+repo+":v1.0.0", "-t", r.registry.Host+"/"+repo+":v1.0.1", dir)
+		r.Farm.Coordinator.WaitOutput(t, jobLimit, "the fault", farmtest.Contains("fault: dying at"))
+		r.Farm.Coordinator.Wait(t, jobLimit)
+		if code := push.Wait(t, jobLimit); code == 0 {
+			t.Errorf("%s: buildx says that the push went well:\n%s", point, push.Output())
+		}
+		r.Farm.StartCoordinator(t)
+		moved := map[string]string{}
+		for _, tag := range r.registry.Tags(t, repo) {
+			moved[tag] = r.registry.Index(t, repo, tag).Digest.String()
+		}
+		farmtest.Eventually(t, jobLimit, point+": the ledger says what the registry does", func() (string, bool) {
+			said, pending := map[string]string{}, 0
+			for b, err := range r.client.Tags(t.Context(), &archfarmv1.ListTagsRequest{Repository: r.registry.Host + "/" + repo}) {
+				switch {
+				case err != nil:
+					return err.Error(), false
+				case b.GetState() == archfarmv1.TagBinding_STATE_PUBLISHED:
+					said[b.GetTag()] = b.GetDigest()
+				case b.GetState() == archfarmv1.TagBinding_STATE_PENDING:
+					pending++
+				}
+			}
+			return fmt.Sprintf("the ledger %v and %d pending, the registry %v", said, pending, moved), pending == 0 && maps.Equal(said, moved)
+		})
+		t.Logf("%s: moved %d of 2 tags", point, len(moved))
+	}
 }
