@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
+	"github.com/archfarm/archfarm/loadtest/load"
 )
 
 const (
@@ -22,8 +23,43 @@ const (
 	smallSize = 64 << 10
 )
 
-// bench runs every contest and writes what they gave to out.
+// jobParts are the parts that measure jobs.
+var jobParts = []struct {
+	name    string
+	measure func(context.Context, farmtest.T, options) []figure
+}{{"submit", submissions}, {"watch", fanOut}, {"list", lists}, {"restart", restarts}}
+
+// parts are all that can be measured by themselves.
+func parts() []string {
+	all := []string{"builds"}
+	for _, p := range jobParts {
+		all = append(all, p.name)
+	}
+	return all
+}
+
+// bench measures everything, or what was asked for, and writes what that gave to out.
 func bench(ctx context.Context, t farmtest.T, o options, out io.Writer) {
+	if o.Only == "" || o.Only == "builds" {
+		farmtest.Within(t, func(t farmtest.T) { builds(ctx, t, o, out) })
+	}
+	if o.Only == "builds" {
+		return
+	}
+	start := time.Now()
+	var figures []figure
+	defer func() { showFigures(t, out, figures) }() // what is known, if something ends this early
+	for _, p := range jobParts {
+		if o.Only == "" || o.Only == p.name {
+			figures = append(figures, p.measure(ctx, t, o)...)
+			t.Logf("%s: done, %s after the start", p.name, time.Since(start).Round(time.Second))
+		}
+	}
+	fmt.Fprintf(out, "%d CPUs, %s; clients, coordinator, database and stub workers share them; took %s\n", runtime.NumCPU(), runtime.Version(), time.Since(start).Round(time.Second))
+}
+
+// builds runs every contest and writes what they gave to out.
+func builds(ctx context.Context, t farmtest.T, o options, out io.Writer) {
 	start := time.Now()
 	r := newRig(t)
 	fmt.Fprintf(out, "%d CPUs, %s; wall-clock time of buildx build, sides in turns; the farm by TCP, others by unix socket\n", runtime.NumCPU(), runtime.Version())
@@ -111,7 +147,7 @@ func (r *rig) large(t farmtest.T, o options) []contest {
 		}},
 		{name: what + ", pushed", sides: sides, rounds: o.Rounds, prepare: prepare, build: func(t farmtest.T, builder string) (took time.Duration) {
 			farmtest.Within(t, func(t farmtest.T) { // an empty registry, whose layers go with it
-				registry := startRegistry(t, r.tools)
+				registry := load.StartRegistry(t, r.tools)
 				took = r.build(t, builder, r.both, s.dir, "--push", "--tag", repository(registry, "large", builder), "--provenance=false")
 			})
 			return took

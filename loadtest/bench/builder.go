@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
+	"github.com/archfarm/archfarm/loadtest/load"
 )
 
 // The builders that compete. Their buildkitds are the same.
@@ -39,7 +40,7 @@ func newRig(t farmtest.T) *rig {
 		foreign = "linux/amd64"
 	}
 	r := &rig{tools: tools, native: native, both: native + "," + foreign}
-	r.registry = startRegistry(t, tools)
+	r.registry = load.StartRegistry(t, tools)
 	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{
 		{Name: "native", Platforms: []string{native}, Slots: slots},
 		{Name: "told", Platforms: []string{foreign}, Slots: slots}, // its Dockerfiles must not execute anything

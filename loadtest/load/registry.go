@@ -1,6 +1,8 @@
-package main
+package load
 
 import (
+	"encoding/json"
+	"net/http"
 	"path/filepath"
 	"regexp"
 	"time"
@@ -13,9 +15,9 @@ const registryStart = 30 * time.Second
 
 var listening = regexp.MustCompile(`listening on 127\.0\.0\.1:(\d+)`)
 
-// startRegistry starts an empty registry on disk and returns its host: farmtest's is in memory, where each piece of a
+// StartRegistry starts an empty registry on disk and returns its host: farmtest's is in memory, where each piece of a
 // layer that is added takes longer than the one before.
-func startRegistry(t farmtest.T, tools farmtest.Tools) (host string) {
+func StartRegistry(t farmtest.T, tools farmtest.Tools) (host string) {
 	t.Helper()
 	dir := farmtest.Folder(t)
 	config := farmtest.WriteFile(t, dir, "registry.yml", "version: 0.1\nlog: {level: info, accesslog: {disabled: true}}\n"+
@@ -29,4 +31,23 @@ func startRegistry(t farmtest.T, tools farmtest.Tools) (host string) {
 		}
 		return ""
 	})
+}
+
+// Tags lists a repository's tags at such a registry; none for a repository that does not exist.
+func Tags(t farmtest.T, host, repository string) []string {
+	t.Helper()
+	resp, err := http.Get("http://" + host + "/v2/" + repository + "/tags/list")
+	if err != nil {
+		t.Fatalf("listing the tags of %s: %v", repository, err)
+	}
+	defer resp.Body.Close()
+	var list struct {
+		Tags []string `json:"tags"`
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&list); resp.StatusCode == http.StatusNotFound {
+		return nil
+	} else if resp.StatusCode != http.StatusOK || err != nil {
+		t.Fatalf("listing the tags of %s: %s, %v", repository, resp.Status, err)
+	}
+	return list.Tags
 }
