@@ -121,19 +121,17 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	registerMetrics(metrics, farm, cfg.Version)
 	running := dispatch.NewBuilds(farm)
 	running.Limit = cfg.MaxBuilds
-	builds, traces, err := openHistory(ctx, cfg, workers)
-	if err != nil {
+	c := &coordinator{cfg: cfg, log: cfg.Logger, farm: farm, builds: running, metrics: metrics, health: health.NewServer()}
+	if err := c.openAuthority(workers); err != nil {
 		return nil, err
 	}
-	c := &coordinator{
-		cfg: cfg, log: cfg.Logger, farm: farm, builds: running, history: builds, traces: traces, metrics: metrics, health: health.NewServer(),
+	if c.state, err = openState(ctx, cfg); err != nil {
+		return nil, errors.Join(err, c.authority.Close())
 	}
-	if err := c.openAuthority(workers); err != nil {
-		return nil, errors.Join(err, c.closeHistory(ctx))
+	if c.history, c.traces, err = openHistory(ctx, cfg, c.state.store, workers); err != nil {
+		return nil, errors.Join(err, c.state.close(), c.authority.Close())
 	}
-	if err := c.openJobs(ctx); err != nil {
-		return nil, errors.Join(err, c.closeHistory(ctx), c.authority.Close())
-	}
+	c.openJobs()
 	return c, nil
 }
 

@@ -51,7 +51,7 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 		return nil, err
 	}
 	for _, i := range images {
-		rec.Image(ctx, i.Exporter, i.Descriptor, i.Blob)
+		rec.Image(i.Exporter, i.Descriptor, i.Blob)
 	}
 	if err := c.send(ctx, b, images); err != nil {
 		return nil, err

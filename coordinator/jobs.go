@@ -30,11 +30,8 @@ const (
 	sweeping = time.Hour
 )
 
-// openJobs opens what is durable, and what works on it.
-func (c *coordinator) openJobs(ctx context.Context) (err error) {
-	if c.state, err = openState(ctx, c.cfg); err != nil {
-		return err
-	}
+// openJobs makes what works on the state.
+func (c *coordinator) openJobs() {
 	c.inside = access.NewInside()
 	c.publisher = publish.NewPublisher(publish.Config{
 		Ledger: c.state.store, Policy: c.cfg.Policy, Owner: c.cfg.Name, Lease: c.cfg.JobLease, Log: c.log, Metrics: c.metrics,
@@ -46,7 +43,6 @@ func (c *coordinator) openJobs(ctx context.Context) (err error) {
 		MaxJobs: c.cfg.MaxJobs, Lease: c.cfg.JobLease, Timeout: c.cfg.JobTimeout, MaxAttempts: c.cfg.JobAttempts, Retention: c.cfg.JobRetention,
 		Log: c.log, Metrics: c.metrics,
 	})
-	return nil
 }
 
 // workerOf names the worker that runs the one leg of a build; empty: none yet.
@@ -98,7 +94,8 @@ func (c *coordinator) sweep(ctx context.Context) {
 	}
 }
 
-// closeJobs ends what openJobs began; the jobs have stopped.
+// closeJobs ends what openJobs began, and closes the state; the jobs have stopped, and
+// the history is complete.
 func (c *coordinator) closeJobs() error {
 	c.publisher.Close()
 	return errors.Join(c.inside.Close(), c.state.close())

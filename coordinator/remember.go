@@ -10,17 +10,18 @@ import (
 	"github.com/archfarm/archfarm/coordinator/endpoint"
 	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/history"
+	"github.com/archfarm/archfarm/coordinator/store"
 	"github.com/archfarm/archfarm/coordinator/trace"
 )
 
 // openHistory opens the build history, and what keeps the builds' traces.
-func openHistory(ctx context.Context, cfg Config, workers *fleet.Fleet) (*history.History, *trace.Traces, error) {
+func openHistory(ctx context.Context, cfg Config, records store.History, workers *fleet.Fleet) (*history.History, *trace.Traces, error) {
 	traces, err := trace.New(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
 	h, err := history.Open(ctx, history.Options{
-		Dir: filepath.Join(cfg.DataDir, "history"), Disabled: cfg.HistoryDisabled,
+		Store: records, Dir: filepath.Join(cfg.DataDir, "history"), Disabled: cfg.HistoryDisabled,
 		Limits:  history.Limits{MaxEntries: cfg.HistoryMaxEntries, MaxAge: cfg.HistoryMaxAge, MaxSize: cfg.HistoryMaxSize},
 		Workers: endpoint.Workers{Fleet: workers}, Spans: traces, Log: cfg.Logger,
 	})
@@ -43,7 +44,7 @@ func (c *coordinator) finishHistory(ctx context.Context) {
 func (c *coordinator) closeHistory(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell) // ctx has ended: that is why
 	defer cancel()
-	if err := errors.Join(c.history.Close(ctx), c.traces.Shutdown(ctx)); err != nil {
+	if err := errors.Join(c.history.Finish(ctx), c.traces.Shutdown(ctx)); err != nil {
 		return fmt.Errorf("closing the build history: %w", err)
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -26,6 +27,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/history"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
+	"github.com/archfarm/archfarm/coordinator/store/sqlite"
 )
 
 // farm is the door of a coordinator, as a client reaches it.
@@ -63,12 +65,22 @@ func newFarm(t *testing.T) *farm {
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, log),
 		Metrics: dispatch.NewMetrics(prometheus.NewRegistry()), Log: log,
 	}
-	past, err := history.Open(t.Context(), history.Options{Dir: t.TempDir(), Workers: endpoint.Workers{Fleet: workers}})
+	dir := t.TempDir()
+	records, err := sqlite.Open(t.Context(), sqlite.Options{Path: filepath.Join(dir, "archfarm.db"), BlobDir: filepath.Join(dir, "blobs")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := past.Close(context.Background()); err != nil { // t.Context has ended
+		if err := records.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	past, err := history.Open(t.Context(), history.Options{Store: records, Dir: filepath.Join(dir, "history"), Workers: endpoint.Workers{Fleet: workers}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := past.Finish(context.Background()); err != nil { // t.Context has ended
 			t.Error(err)
 		}
 	})

@@ -3,202 +3,279 @@ package history
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
-	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
-	containerdlog "github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/archfarm/archfarm/coordinator/store"
 )
 
-// blobs are what records name, by digest: files, and for a moment memory.
-//
-// A blob exists while a record names it or somebody holds it. It is held from
-// before it is written until the record that names it is on disk.
+// blobs are what records name, by digest: in the store, and for a moment, until the
+// record is there too, in memory or in a file.
 type blobs struct {
-	files content.Store
-	named func(digest.Digest) (bool, error) // by a record on disk
-	ctx   context.Context                   // never ends: a removal that has begun is not given up
+	db  store.History
+	dir string // for those files
+	log *slog.Logger
 
 	mu    sync.Mutex
-	held  map[digest.Digest]int
-	fresh map[digest.Digest][]byte // not on disk yet
+	fresh map[digest.Digest]*fresh // may not be in the store yet
 }
 
-func openBlobs(ctx context.Context, dir string, named func(digest.Digest) (bool, error)) (*blobs, error) {
-	_ = containerdlog.SetLevel("error") // file systems without fsverity are nothing to warn of
-	// What is half written has no writer any more. The store could not even list what a
-	// crash has left there in the middle of its creation.
-	if err := os.RemoveAll(filepath.Join(dir, "ingest")); err != nil {
-		return nil, fmt.Errorf("removing what was half written to the build history: %w", err)
-	}
-	files, err := local.NewStore(dir)
-	if err == nil {
-		err = os.MkdirAll(filepath.Join(dir, "blobs"), 0o700) // which Walk expects
-	}
-	if err != nil {
-		return nil, fmt.Errorf("opening the folder of the build history's content: %w", err)
-	}
-	return &blobs{files: files, named: named, ctx: context.WithoutCancel(ctx), held: map[digest.Digest]int{}, fresh: map[digest.Digest][]byte{}}, nil
+// fresh is a blob that somebody uses. The last one closes it.
+type fresh struct {
+	io.ReaderAt
+	size  int64
+	users int
+	close func() error
 }
 
-// add takes a blob, which is held once more from now on. It must not be changed
-// any more.
-func (b *blobs) add(ctx context.Context, mediaType string, data []byte) (ocispecs.Descriptor, error) {
-	desc := ocispecs.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	b.mu.Lock()
-	b.held[desc.Digest]++
-	small := len(data) <= maxFresh
-	if small {
-		b.fresh[desc.Digest] = data
-	}
-	b.mu.Unlock()
-	if small {
-		return desc, nil
-	}
-	if err := b.write(ctx, desc.Digest, data); err != nil {
-		b.release(desc.Digest)
-		return ocispecs.Descriptor{}, err
-	}
-	return desc, nil
-}
-
-// commit takes what was written to w, which is held once more from now on.
-func (b *blobs) commit(ctx context.Context, mediaType string, w content.Writer, size int64) (ocispecs.Descriptor, error) {
-	desc := ocispecs.Descriptor{MediaType: mediaType, Digest: w.Digest(), Size: size}
-	b.hold(desc.Digest)
-	if err := w.Commit(ctx, size, desc.Digest); err != nil && !errdefs.IsAlreadyExists(err) {
-		b.release(desc.Digest)
-		return ocispecs.Descriptor{}, fmt.Errorf("writing %s: %w", mediaType, err)
-	}
-	return desc, nil
-}
-
-func (b *blobs) hold(dgst digest.Digest) {
+// take finds a fresh blob, of which the caller is a user from now on; nil: none.
+func (b *blobs) take(dgst digest.Digest) *fresh {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.held[dgst]++
+	f := b.fresh[dgst]
+	if f != nil {
+		f.users++
+	}
+	return f
 }
 
-// persist makes sure that blobs which are held are on disk.
-func (b *blobs) persist(ctx context.Context, digests ...digest.Digest) error {
-	for _, dgst := range digests {
-		b.mu.Lock()
-		data, ok := b.fresh[dgst]
-		b.mu.Unlock()
-		if !ok {
-			continue
-		}
-		if err := b.write(ctx, dgst, data); err != nil {
-			return err
-		}
-		b.mu.Lock()
+// give is take for one that may be there already, which stays then.
+func (b *blobs) give(dgst digest.Digest, f *fresh) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if there := b.fresh[dgst]; there != nil {
+		there.users++
+		_ = f.close() // nothing is lost with it
+		return
+	}
+	f.users = 1
+	b.fresh[dgst] = f
+}
+
+// leave ends a use.
+func (b *blobs) leave(dgst digest.Digest) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	f := b.fresh[dgst]
+	if f.users--; f.users == 0 {
 		delete(b.fresh, dgst)
-		b.mu.Unlock()
+		_ = f.close() // nothing is lost with it
 	}
-	return nil
-}
-
-func (b *blobs) write(ctx context.Context, dgst digest.Digest, data []byte) error {
-	desc := ocispecs.Descriptor{Digest: dgst, Size: int64(len(data))}
-	if _, err := b.files.Info(ctx, dgst); err == nil {
-		return nil
-	}
-	if err := content.WriteBlob(ctx, b.files, dgst.String(), bytes.NewReader(data), desc); err != nil {
-		return fmt.Errorf("writing %s to the build history: %w", dgst, err)
-	}
-	return nil
-}
-
-// release lets go of blobs that were held. Those that nobody names are removed.
-func (b *blobs) release(digests ...digest.Digest) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, dgst := range digests {
-		if b.held[dgst]--; b.held[dgst] <= 0 {
-			delete(b.held, dgst)
-		}
-		b.drop(dgst)
-	}
-}
-
-// forget removes blobs that a record has named, unless they are still wanted.
-func (b *blobs) forget(digests ...digest.Digest) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, dgst := range digests {
-		b.drop(dgst)
-	}
-}
-
-// drop removes a blob that nobody wants. What cannot be removed now is at the
-// next start. b.mu is held, so that nobody takes hold of it meanwhile.
-func (b *blobs) drop(dgst digest.Digest) {
-	if b.held[dgst] > 0 {
-		return
-	}
-	if named, err := b.named(dgst); named || err != nil {
-		return
-	}
-	delete(b.fresh, dgst)
-	_ = b.files.Delete(b.ctx, dgst)
-}
-
-// sweep removes the blobs that no record names, which a coordinator that crashed has
-// left behind. Nothing is held yet.
-func (b *blobs) sweep(ctx context.Context) error {
-	var unwanted []digest.Digest
-	if err := b.files.Walk(ctx, func(info content.Info) error {
-		named, err := b.named(info.Digest)
-		if err == nil && !named {
-			unwanted = append(unwanted, info.Digest)
-		}
-		return err
-	}); err != nil {
-		return err
-	}
-	for _, dgst := range unwanted {
-		if err := b.files.Delete(ctx, dgst); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (b *blobs) inMemory(dgst digest.Digest) ([]byte, bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	data, ok := b.fresh[dgst]
-	return data, ok
 }
 
 // Info implements content.InfoProvider.
 func (b *blobs) Info(ctx context.Context, dgst digest.Digest) (content.Info, error) {
-	if data, ok := b.inMemory(dgst); ok {
-		return content.Info{Digest: dgst, Size: int64(len(data))}, nil
+	if f := b.take(dgst); f != nil {
+		defer b.leave(dgst)
+		return content.Info{Digest: dgst, Size: f.size}, nil
 	}
-	return b.files.Info(ctx, dgst)
+	found, err := b.db.BuildBlob(ctx, dgst.String())
+	return content.Info{Digest: dgst, Size: found.Size}, missing(err)
 }
 
-// ReaderAt implements content.Provider.
+// ReaderAt implements content.Provider. Reading ends with ctx.
 func (b *blobs) ReaderAt(ctx context.Context, desc ocispecs.Descriptor) (content.ReaderAt, error) {
-	if data, ok := b.inMemory(desc.Digest); ok {
-		return &memory{Reader: bytes.NewReader(data)}, nil
+	if f := b.take(desc.Digest); f != nil {
+		return &opened{fresh: f, leave: sync.OnceFunc(func() { b.leave(desc.Digest) })}, nil
 	}
-	return b.files.ReaderAt(ctx, desc)
+	found, err := b.db.BuildBlob(ctx, desc.Digest.String())
+	if err != nil {
+		return nil, missing(err)
+	}
+	return &chunks{ctx: ctx, db: b.db, blob: found, at: -1}, nil
 }
 
-// memory is a blob that is not on disk yet.
-type memory struct{ *bytes.Reader }
+// missing makes the store's error the content store's.
+func missing(err error) error {
+	if errors.Is(err, store.ErrNotFound) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
+	return err
+}
 
-func (memory) Close() error { return nil }
+// opened is a fresh blob that is read.
+type opened struct {
+	*fresh
+	leave func()
+}
+
+func (o *opened) Size() int64  { return o.size }
+func (o *opened) Close() error { o.leave(); return nil }
+
+// chunks is a blob in the store that is read. It keeps the chunk that was read last.
+type chunks struct {
+	ctx  context.Context
+	db   store.History
+	blob store.BuildBlob
+
+	mu   sync.Mutex
+	at   int64 // which one is in data
+	data []byte
+}
+
+func (c *chunks) Size() int64  { return c.blob.Size }
+func (c *chunks) Close() error { return nil }
+
+func (c *chunks) ReadAt(p []byte, off int64) (n int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n < len(p) {
+		if off >= c.blob.Size {
+			return n, io.EOF
+		}
+		if at := off / store.BuildChunk; at != c.at {
+			if c.data, err = c.db.BuildBlobData(c.ctx, c.blob.Digest, at); err != nil {
+				c.at = -1
+				return n, err
+			}
+			c.at = at
+		}
+		got := copy(p[n:], c.data[min(off%store.BuildChunk, int64(len(c.data))):])
+		if got == 0 {
+			return n, fmt.Errorf("content %s: %w", c.blob.Digest, io.ErrUnexpectedEOF)
+		}
+		n, off = n+got, off+int64(got)
+	}
+	return n, nil
+}
+
+// hold keeps blobs until release: from before they are written until the record that
+// names them is in the store.
+type hold struct {
+	blobs *blobs
+	id    string
+
+	mu     sync.Mutex
+	fresh  []digest.Digest
+	stored bool // some may be held in the store
+}
+
+func (b *blobs) hold() *hold { return &hold{blobs: b, id: rand.Text()} }
+
+// add takes a blob. It must not be changed any more.
+func (h *hold) add(mediaType string, data []byte) (ocispecs.Descriptor, error) {
+	desc := ocispecs.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	f := &fresh{ReaderAt: bytes.NewReader(data), size: desc.Size, close: func() error { return nil }}
+	if len(data) > maxFresh {
+		s, err := newSpool(h.blobs.dir)
+		if err != nil {
+			return ocispecs.Descriptor{}, err
+		}
+		if _, err := s.Write(data); err != nil {
+			return ocispecs.Descriptor{}, errors.Join(err, s.file.Close())
+		}
+		return h.addSpool(mediaType, s), nil
+	}
+	h.keep(desc.Digest, f)
+	return desc, nil
+}
+
+// addSpool takes what was written to a file.
+func (h *hold) addSpool(mediaType string, s *spool) ocispecs.Descriptor {
+	desc := ocispecs.Descriptor{MediaType: mediaType, Digest: s.hash.Digest(), Size: s.size}
+	h.keep(desc.Digest, &fresh{ReaderAt: s.file, size: s.size, close: s.file.Close})
+	return desc
+}
+
+func (h *hold) keep(dgst digest.Digest, f *fresh) {
+	h.blobs.give(dgst, f)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.fresh = append(h.fresh, dgst)
+}
+
+// find takes a blob that is here already, and returns its size.
+func (h *hold) find(ctx context.Context, dgst digest.Digest) (int64, error) {
+	if f := h.blobs.take(dgst); f != nil {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.fresh = append(h.fresh, dgst)
+		return f.size, nil
+	}
+	h.inStore()
+	found, err := h.blobs.db.HoldBuildBlob(ctx, h.id, dgst.String())
+	return found.Size, err
+}
+
+func (h *hold) inStore() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.stored = true
+}
+
+// persist makes sure that blobs which are held are in the store.
+func (h *hold) persist(ctx context.Context, digests ...digest.Digest) error {
+	h.inStore()
+	h.mu.Lock()
+	held := slices.Clone(h.fresh)
+	h.mu.Unlock()
+	for _, dgst := range digests {
+		if !slices.Contains(held, dgst) {
+			continue
+		}
+		f := h.blobs.take(dgst)
+		err := h.blobs.db.PutBuildBlob(ctx, h.id, store.BuildBlob{Digest: dgst.String(), Size: f.size}, f)
+		h.blobs.leave(dgst)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// release lets go of all. What nobody names is removed; if that fails, it is swept.
+func (h *hold) release(ctx context.Context) {
+	h.mu.Lock()
+	held, stored := h.fresh, h.stored
+	h.fresh, h.stored = nil, false
+	h.mu.Unlock()
+	for _, dgst := range held {
+		h.blobs.leave(dgst)
+	}
+	if !stored {
+		return
+	}
+	if err := h.blobs.db.ReleaseBuildBlobs(ctx, h.id); err != nil {
+		h.blobs.log.Warn("cleaning up the build history", "error", err)
+	}
+}
+
+// spool is a blob on its way to the store: a file that has no name, so that nothing
+// of it is left behind, whatever happens.
+type spool struct {
+	file *os.File
+	hash digest.Digester
+	size int64
+}
+
+func newSpool(dir string) (*spool, error) {
+	file, err := os.CreateTemp(dir, "blob-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(file.Name()); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return &spool{file: file, hash: digest.Canonical.Digester()}, nil
+}
+
+func (s *spool) Write(p []byte) (int, error) {
+	n, err := s.file.Write(p)
+	_, _ = s.hash.Hash().Write(p[:n]) // never fails
+	s.size += int64(n)
+	return n, err
+}
 
 // read returns a whole blob of at most limit bytes.
 func read(ctx context.Context, from content.Provider, desc ocispecs.Descriptor, limit int64) (data []byte, err error) {
@@ -225,5 +302,3 @@ func read(ctx context.Context, from content.Provider, desc ocispecs.Descriptor, 
 	}
 	return data, nil
 }
-
-var _ io.ReaderAt = memory{}

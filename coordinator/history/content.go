@@ -8,6 +8,7 @@ import (
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
+	"github.com/containerd/containerd/v2/pkg/filters"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
@@ -18,12 +19,9 @@ var errReadOnly = errors.New("read-only content store")
 // Content is what records name, for clients: from this store, or else from a
 // worker that has it, as long as that is attached. Nothing can be written. What no
 // record names is not found.
-func (h *History) Content() content.Store { return &contentStore{Store: h.store.blobs.files, h: h} }
+func (h *History) Content() content.Store { return &contentStore{h: h} }
 
-type contentStore struct {
-	content.Store
-	h *History
-}
+type contentStore struct{ h *History }
 
 // Info describes a blob.
 func (c *contentStore) Info(ctx context.Context, dgst digest.Digest) (content.Info, error) {
@@ -35,9 +33,36 @@ func (c *contentStore) ReaderAt(ctx context.Context, desc ocispecs.Descriptor) (
 	return ask(ctx, c, desc.Digest, func(s content.InfoReaderProvider) (content.ReaderAt, error) { return s.ReaderAt(ctx, desc) })
 }
 
+// Walk passes the blobs in the store that meet any filter to f.
+func (c *contentStore) Walk(ctx context.Context, f content.WalkFunc, conditions ...string) error {
+	match, err := filters.ParseAll(conditions...)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	for after := ""; ; {
+		some, err := c.h.records.db.BuildBlobs(ctx, after, page)
+		if err != nil {
+			return err
+		}
+		for _, b := range some {
+			info := content.Info{Digest: digest.Digest(b.Digest), Size: b.Size}
+			if !match.Match(content.AdaptInfo(info)) {
+				continue
+			}
+			if err := f(info); err != nil {
+				return err
+			}
+		}
+		if len(some) < page {
+			return nil
+		}
+		after = some[len(some)-1].Digest
+	}
+}
+
 // ask asks this store for a blob, then the workers that have it.
 func ask[T any](ctx context.Context, c *contentStore, dgst digest.Digest, f func(content.InfoReaderProvider) (T, error)) (T, error) {
-	got, err := f(c.h.store.blobs)
+	got, err := f(c.h.records.blobs)
 	if err == nil || !errdefs.IsNotFound(err) {
 		return got, err
 	}
@@ -68,7 +93,7 @@ func (h *History) places(ctx context.Context, dgst digest.Digest) ([]string, err
 		writing = append(writing, r)
 	}
 	h.mu.Unlock()
-	names, err := h.store.workers(dgst)
+	names, err := h.records.workers(ctx, dgst)
 	if err != nil || len(names) > 0 {
 		return names, err
 	}
@@ -77,7 +102,17 @@ func (h *History) places(ctx context.Context, dgst digest.Digest) ([]string, err
 			return nil, err
 		}
 	}
-	return h.store.workers(dgst)
+	return h.records.workers(ctx, dgst)
+}
+
+// Status finds nothing: nothing is being written that clients know of.
+func (c *contentStore) Status(_ context.Context, ref string) (content.Status, error) {
+	return content.Status{}, fmt.Errorf("ref %s: %w", ref, errdefs.ErrNotFound)
+}
+
+// ListStatuses finds nothing, too.
+func (c *contentStore) ListStatuses(context.Context, ...string) ([]content.Status, error) {
+	return nil, nil
 }
 
 // Writer, Delete, Update and Abort refuse, as a buildkitd's do.

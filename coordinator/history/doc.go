@@ -3,7 +3,7 @@
 // that it names. The records outlive the workers and the coordinator.
 //
 // A Recorder writes one record. It is visible to clients as soon as the build has
-// been answered, and on disk a moment later: no client waits for the disk.
+// been answered, and in the store a moment later: no client waits for that.
 package history
 
 import "time"
@@ -23,9 +23,10 @@ const (
 	maxCopy = 32 << 20
 	// maxBlobs bounds the blobs that are copied for one build.
 	maxBlobs = 1000
-	// maxFresh is the size, in bytes, up to which a blob waits in memory for the disk.
+	// maxFresh is the size, in bytes, up to which a blob waits in memory, not in a file, for
+	// the store.
 	maxFresh = 1 << 20
-	// maxLogs bounds a build's logs on disk, in bytes. What comes after is left out.
+	// maxLogs bounds a build's logs, in bytes. What comes after is left out.
 	maxLogs = 256 << 20
 	// maxPending bounds the events that a listener has not read yet.
 	maxPending = 10_000

@@ -104,20 +104,19 @@ func (g *gathering) take(ctx context.Context, desc ocispecs.Descriptor, homes ma
 	if home, ok := homes[desc.Digest]; ok {
 		sources = []source{home}
 	}
-	own := g.recorder.h.store.blobs
-	g.hold(desc)
-	info, err := own.Info(ctx, desc.Digest)
+	own := g.recorder.hold // from now on: the record that named it may go
+	size, err := own.find(ctx, desc.Digest)
 	if err != nil && g.fetch(ctx, desc, sources) {
-		info, err = own.Info(ctx, desc.Digest)
+		size, err = own.find(ctx, desc.Digest)
 	}
 	if err != nil {
 		return
 	}
-	g.extent.Blobs = append(g.extent.Blobs, blob{Digest: desc.Digest, Size: info.Size})
+	g.extent.Blobs = append(g.extent.Blobs, blob{Digest: desc.Digest, Size: size})
 	if depth == maxDepth {
 		return
 	}
-	named := g.children(ctx, own, desc)
+	named := g.children(ctx, own.blobs, desc)
 	for _, child := range named.Manifests {
 		g.take(ctx, child, homes, depth+1)
 	}
@@ -131,14 +130,6 @@ func (g *gathering) take(ctx context.Context, desc ocispecs.Descriptor, homes ma
 			g.leave(ctx, part, sources)
 		}
 	}
-}
-
-// hold keeps a blob that may be here already: the record that named it may go.
-func (g *gathering) hold(desc ocispecs.Descriptor) {
-	g.recorder.h.store.blobs.hold(desc.Digest)
-	g.recorder.mu.Lock()
-	defer g.recorder.mu.Unlock()
-	g.recorder.held = append(g.recorder.held, desc.Digest)
 }
 
 // fetch copies a blob from the first worker that has it. What cannot be copied is

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"path/filepath"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,8 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/archfarm/archfarm/coordinator/progress"
+	"github.com/archfarm/archfarm/coordinator/store"
+	"github.com/archfarm/archfarm/coordinator/store/sqlite"
 )
 
 // daemon is a worker's buildkitd as far as the history asks it, with a real
@@ -146,13 +149,25 @@ func bubble(t *testing.T, test func(t *testing.T)) {
 	synctest.Test(t, test)
 }
 
-// open opens a history until the test's end, or until the function that it
-// returns is called.
+// database opens the store in a folder, which is to be closed.
+func database(t testing.TB, dir string) store.Store {
+	t.Helper()
+	s, err := sqlite.Open(context.Background(), sqlite.Options{Path: filepath.Join(dir, "archfarm.db"), BlobDir: filepath.Join(dir, "blobs")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// open opens a history, whose store is in options.Dir, until the test's end, or until
+// the function that it returns is called.
 func open(t *testing.T, options Options) (*History, func()) {
 	t.Helper()
 	if options.Dir == "" {
 		options.Dir = t.TempDir()
 	}
+	db := database(t, options.Dir)
+	options.Store, options.Dir = db, filepath.Join(options.Dir, "history")
 	if options.Workers == nil {
 		options.Workers = daemons{}
 	}
@@ -160,9 +175,8 @@ func open(t *testing.T, options Options) (*History, func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.store.db.NoSync = true
 	end := sync.OnceFunc(func() {
-		if err := h.Close(context.WithoutCancel(t.Context())); err != nil {
+		if err := errors.Join(h.Finish(context.WithoutCancel(t.Context())), db.Close()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -187,7 +201,7 @@ func (r running) end(legs []Leg, err error) {
 	r.progress.Close()
 }
 
-// built is a build that has succeeded, and whose record is on disk.
+// built is a build that has succeeded, and whose record is in the store.
 func built(t *testing.T, h *History, ref string, legs ...Leg) {
 	t.Helper()
 	b := begin(t, h, &controlapi.SolveRequest{Ref: ref})

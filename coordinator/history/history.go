@@ -1,6 +1,7 @@
 package history
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/archfarm/archfarm/coordinator/store"
 	"github.com/archfarm/archfarm/identity"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"google.golang.org/grpc"
@@ -36,7 +38,8 @@ type Spans interface {
 
 // Options of a history.
 type Options struct {
-	Dir      string
+	Store    store.History
+	Dir      string // for what is on its way to the store; nobody else's, and emptied
 	Limits   Limits
 	Disabled bool // new builds leave no record; those there are stay until they are too old
 	Workers  Workers
@@ -48,13 +51,12 @@ type Options struct {
 // Close has returned.
 type History struct {
 	options Options
-	store   *store
+	records *records
 	ctx     context.Context // never ends; for what nobody waits for
 
 	mu         sync.Mutex
-	tenants    map[string]string    // whose builds they are, by reference: all that run or have a record
 	running    map[string]*Recorder // from Begin until the record is visible
-	fresh      map[string]*Recorder // from then until it is on disk
+	fresh      map[string]*Recorder // from then until it is in the store
 	finalizers map[string]*finalizer
 	listeners  map[*listener]struct{}
 	deleted    map[string]struct{} // deleted while somebody listens to just them
@@ -65,24 +67,20 @@ type History struct {
 	changes sync.Mutex // one change of a stored record at a time
 }
 
-// Open opens the history in a folder that nobody else uses. One that cannot be
-// read is an error, which says how to proceed.
+// Open opens the history in a store, which is to be closed after it.
 func Open(ctx context.Context, options Options) (*History, error) {
 	options.Limits = options.Limits.WithDefaults()
 	if options.Log == nil {
 		options.Log = slog.New(slog.DiscardHandler)
 	}
-	s, err := openStore(ctx, options.Dir, options.Log)
+	s, err := openRecords(ctx, options.Store, options.Dir, options.Log)
 	if err != nil {
 		return nil, err
 	}
 	h := &History{
-		options: options, store: s, ctx: context.WithoutCancel(ctx), ending: make(chan struct{}),
+		options: options, records: s, ctx: context.WithoutCancel(ctx), ending: make(chan struct{}),
 		running: map[string]*Recorder{}, fresh: map[string]*Recorder{}, finalizers: map[string]*finalizer{},
 		listeners: map[*listener]struct{}{}, deleted: map[string]struct{}{},
-	}
-	if h.tenants, err = s.tenants(); err != nil {
-		return nil, errors.Join(err, s.close())
 	}
 	h.work.Go(h.collectGarbage) // ends with closing
 	return h, nil
@@ -115,17 +113,12 @@ func (h *History) Finish(ctx context.Context) error {
 	return err
 }
 
-// Close is Finish, and closes the files.
-func (h *History) Close(ctx context.Context) error {
-	return errors.Join(h.Finish(ctx), h.store.close())
-}
-
 // collectGarbage removes, every now and then, what the limits do not allow.
 func (h *History) collectGarbage() {
 	tick := time.NewTicker(gcInterval)
 	defer tick.Stop()
 	for {
-		if err := h.enforceLimits(time.Now()); err != nil {
+		if err := errors.Join(h.enforceLimits(time.Now()), h.records.db.SweepBuildBlobs(h.ctx)); err != nil {
 			h.options.Log.Error("cleaning up the build history", "error", err)
 		}
 		select {
@@ -137,12 +130,12 @@ func (h *History) collectGarbage() {
 }
 
 func (h *History) enforceLimits(now time.Time) error {
-	all, err := h.store.sizes()
+	all, err := h.records.sizes(h.ctx)
 	if err != nil {
 		return err
 	}
 	for _, ref := range h.options.Limits.overdue(all, now) {
-		if _, err := h.remove(ref); err != nil {
+		if _, err := h.remove(h.ctx, ref); err != nil {
 			return err
 		}
 	}
@@ -166,11 +159,10 @@ func (h *History) Listen(ctx context.Context, req *controlapi.BuildHistoryReques
 		}
 	}
 	if !req.GetActiveOnly() {
-		records, err := h.completed(req.GetRef(), fresh)
+		records, err := h.completed(ctx, req.GetRef(), fresh)
 		if err != nil {
 			return err
 		}
-		records = slices.DeleteFunc(records, func(r *controlapi.BuildHistoryRecord) bool { return !h.maySee(ctx, r.GetRef()) })
 		chosen, err := choose(records, req.GetFilter(), req.GetLimit())
 		if err != nil {
 			return err
@@ -187,12 +179,17 @@ func (h *History) Listen(ctx context.Context, req *controlapi.BuildHistoryReques
 	return l.follow(ctx, send)
 }
 
-// maySee tells whether the caller may see a build: those of its own tenant, or all
-// if it operates the farm.
-func (h *History) maySee(ctx context.Context, ref string) bool {
+// maySee tells whether the caller may see a build that runs or has a record: those of
+// its own tenant, or all if it operates the farm.
+func (h *History) maySee(ctx context.Context, ref string) (bool, error) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	return identity.FromContext(ctx).MaySee(h.tenants[ref])
+	r := cmp.Or(h.running[ref], h.fresh[ref])
+	h.mu.Unlock()
+	if r != nil {
+		return identity.FromContext(ctx).MaySee(r.tenant), nil
+	}
+	_, e, err := h.records.get(ctx, ref)
+	return identity.FromContext(ctx).MaySee(e.Tenant), err
 }
 
 // visible waits for the records of builds whose clients have their answer: a
@@ -214,7 +211,7 @@ func (h *History) visible(ctx context.Context, ref string) error {
 	return nil
 }
 
-// stored waits until such records are on disk, too.
+// stored waits until such records are in the store, too.
 func (h *History) stored(ctx context.Context, ref string) error {
 	if err := h.visible(ctx, ref); err != nil {
 		return err
@@ -237,18 +234,23 @@ func wait(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// completed lists the records of ended builds in the order of their references.
-// What is not on disk yet is given.
-func (h *History) completed(ref string, fresh map[string]*controlapi.BuildHistoryRecord) ([]*controlapi.BuildHistoryRecord, error) {
+// completed lists the records of ended builds that the caller may see, in the order of
+// their references. What is not in the store yet is given.
+func (h *History) completed(ctx context.Context, ref string, fresh map[string]*Recorder) ([]*controlapi.BuildHistoryRecord, error) {
+	viewer := identity.FromContext(ctx)
 	var records []*controlapi.BuildHistoryRecord
-	if err := h.store.each(ref, func(r *controlapi.BuildHistoryRecord) {
-		if _, newer := fresh[r.GetRef()]; !newer {
+	if err := h.records.each(ctx, ref, func(r *controlapi.BuildHistoryRecord, tenant string) {
+		if _, newer := fresh[r.GetRef()]; !newer && viewer.MaySee(tenant) {
 			records = append(records, r)
 		}
 	}); err != nil {
 		return nil, err
 	}
-	records = slices.AppendSeq(records, maps.Values(fresh))
+	for _, r := range fresh {
+		if viewer.MaySee(r.tenant) {
+			records = append(records, r.record)
+		}
+	}
 	slices.SortFunc(records, func(a, b *controlapi.BuildHistoryRecord) int { return strings.Compare(a.GetRef(), b.GetRef()) })
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -263,13 +265,15 @@ func (h *History) Update(ctx context.Context, req *controlapi.UpdateBuildHistory
 	if err := h.stored(ctx, req.GetRef()); err != nil {
 		return err
 	}
-	if !h.maySee(ctx, req.GetRef()) {
+	if may, err := h.maySee(ctx, req.GetRef()); err != nil {
+		return err
+	} else if !may {
 		return fmt.Errorf("updating the build record %s: %w", req.GetRef(), os.ErrNotExist)
 	}
 	switch {
 	case req.GetDelete():
 		_ = h.finalize(ctx, req.GetRef()) // its trace would bring it back
-		existed, err := h.remove(req.GetRef())
+		existed, err := h.remove(ctx, req.GetRef())
 		if err == nil && !existed {
 			err = fmt.Errorf("removing the build record %s: %w", req.GetRef(), os.ErrNotExist)
 		}
@@ -277,14 +281,14 @@ func (h *History) Update(ctx context.Context, req *controlapi.UpdateBuildHistory
 	case req.GetFinalize():
 		return h.finalize(ctx, req.GetRef())
 	}
-	return h.change(req.GetRef(), func(r *controlapi.BuildHistoryRecord, _ *extent) { r.Pinned = req.GetPinned() })
+	return h.change(ctx, req.GetRef(), func(r *controlapi.BuildHistoryRecord, _ *extent) { r.Pinned = req.GetPinned() })
 }
 
 // change rewrites a stored record and tells the listeners.
-func (h *History) change(ref string, f func(*controlapi.BuildHistoryRecord, *extent)) error {
+func (h *History) change(ctx context.Context, ref string, f func(*controlapi.BuildHistoryRecord, *extent)) error {
 	h.changes.Lock()
 	defer h.changes.Unlock()
-	record, err := h.store.change(ref, func(r *controlapi.BuildHistoryRecord, e *extent) {
+	record, tenant, err := h.records.change(ctx, ref, func(r *controlapi.BuildHistoryRecord, e *extent) {
 		f(r, e)
 		r.Generation++
 	})
@@ -293,13 +297,13 @@ func (h *History) change(ref string, f func(*controlapi.BuildHistoryRecord, *ext
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: record})
+	h.tell(tenant, &controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: record})
 	return nil
 }
 
 // remove deletes a record, or hides it until the last who listens to it has
 // left. It tells whether there was one.
-func (h *History) remove(ref string) (bool, error) {
+func (h *History) remove(ctx context.Context, ref string) (bool, error) {
 	h.changes.Lock()
 	defer h.changes.Unlock()
 	h.mu.Lock()
@@ -312,13 +316,12 @@ func (h *History) remove(ref string) (bool, error) {
 	}
 	delete(h.deleted, ref)
 	h.mu.Unlock()
-	e, existed, err := h.store.remove(ref)
+	e, existed, err := h.records.remove(ctx, ref)
 	if err != nil || !existed {
 		return false, err
 	}
 	h.mu.Lock()
-	h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_DELETED, Record: &controlapi.BuildHistoryRecord{Ref: ref}})
-	h.forgetTenant(ref)
+	h.tell(e.Tenant, &controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_DELETED, Record: &controlapi.BuildHistoryRecord{Ref: ref}})
 	closing := h.closing
 	h.mu.Unlock()
 	if !closing && len(e.Legs) > 0 {
@@ -327,25 +330,17 @@ func (h *History) remove(ref string) (bool, error) {
 	return true, nil
 }
 
-// forgetTenant follows the end of a record; a build of that reference may run
-// again. h.mu is held.
-func (h *History) forgetTenant(ref string) {
-	if h.running[ref] == nil && h.fresh[ref] == nil {
-		delete(h.tenants, ref)
-	}
-}
-
 // Status passes the progress of an ended build to send. It is not known, without
 // an error, if the build still runs or has no record.
 func (h *History) Status(ctx context.Context, ref string, send func(*controlapi.StatusResponse) error) (known bool, err error) {
-	record, err := h.find(ref)
-	if err != nil || record == nil || !h.maySee(ctx, ref) {
+	record, tenant, err := h.find(ctx, ref)
+	if err != nil || record == nil || !identity.FromContext(ctx).MaySee(tenant) {
 		return false, err
 	}
 	if record.GetLogs() == nil {
 		return true, nil
 	}
-	ra, err := h.store.blobs.ReaderAt(ctx, Descriptor(record.GetLogs()))
+	ra, err := h.records.blobs.ReaderAt(ctx, Descriptor(record.GetLogs()))
 	if err != nil {
 		return true, fmt.Errorf("reading the logs of build %s: %w", ref, err)
 	}
@@ -353,8 +348,8 @@ func (h *History) Status(ctx context.Context, ref string, send func(*controlapi.
 	return true, replay(content.NewReader(ra), send)
 }
 
-// find returns the record of an ended build; nil if there is none.
-func (h *History) find(ref string) (*controlapi.BuildHistoryRecord, error) {
+// find returns the record of an ended build and whose it is; nil if there is none.
+func (h *History) find(ctx context.Context, ref string) (record *controlapi.BuildHistoryRecord, tenant string, err error) {
 	h.mu.Lock()
 	_, running := h.running[ref]
 	_, gone := h.deleted[ref]
@@ -362,17 +357,16 @@ func (h *History) find(ref string) (*controlapi.BuildHistoryRecord, error) {
 	h.mu.Unlock()
 	switch {
 	case running, gone:
-		return nil, nil
+		return nil, "", nil
 	case r != nil:
-		return r.record, nil
+		return r.record, r.tenant, nil
 	}
-	record, _, err := h.store.get(ref)
-	return record, err
+	record, e, err := h.records.get(ctx, ref)
+	return record, e.Tenant, err
 }
 
-// tell passes an event to the listeners. h.mu is held.
-func (h *History) tell(e *controlapi.BuildHistoryEvent) {
-	tenant := h.tenants[e.GetRecord().GetRef()]
+// tell passes an event of a tenant's build to the listeners. h.mu is held.
+func (h *History) tell(tenant string, e *controlapi.BuildHistoryEvent) {
 	for l := range h.listeners {
 		if l.viewer.MaySee(tenant) {
 			l.tell(e)

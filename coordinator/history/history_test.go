@@ -163,7 +163,7 @@ func TestHistory_SomeBuildsLeaveNoRecord(t *testing.T) {
 		built(t, h, "kept")
 		probe := begin(t, h, &controlapi.SolveRequest{Ref: "probe", Internal: true})
 		probe.Built(t.Context(), []Leg{{Worker: "w"}}, nil)
-		probe.Image(t.Context(), 0, ocispecs.Descriptor{}, nil)
+		probe.Image(0, ocispecs.Descriptor{}, nil)
 		probe.end(nil, nil)
 		if got := listed(t, h, &controlapi.BuildHistoryRequest{Ref: "probe"}); len(got) > 0 {
 			t.Errorf("of an internal build: %v", got)
@@ -328,7 +328,7 @@ func TestHistory_FinishEndsListenersAndWaitsForBuilds(t *testing.T) {
 		if err := h.Finish(t.Context()); err != nil {
 			t.Errorf("without: %v", err)
 		}
-		if _, _, err := h.store.get("b"); err != nil {
+		if _, _, err := h.records.get(t.Context(), "b"); err != nil {
 			t.Error(err)
 		}
 		end()

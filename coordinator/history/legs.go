@@ -67,7 +67,7 @@ func (r *Recorder) copy(ctx context.Context, from content.Provider, desc ocispec
 	}
 	data, err := read(ctx, from, desc, maxCopy)
 	if err == nil {
-		_, err = r.add(ctx, desc.MediaType, data)
+		_, err = r.hold.add(desc.MediaType, data)
 	}
 	return err
 }

@@ -73,7 +73,7 @@ func TestLegs_TheirResultsBecomeTheBuilds(t *testing.T) {
 		merged := ocispecs.Descriptor{MediaType: ocispecs.MediaTypeImageIndex, Digest: digest.FromBytes(index), Size: int64(len(index))}
 		build := begin(t, h, &controlapi.SolveRequest{Ref: "b"})
 		build.Built(t.Context(), legs, map[string][]byte{"refs.platforms": []byte("…"), "broken": {0xff}})
-		build.Image(t.Context(), 1, merged, index)
+		build.Image(1, merged, index)
 		build.end(legs, nil)
 
 		r := the(t, h, "b")
@@ -164,7 +164,7 @@ func TestLegs_WhatAWorkerGetsWrongIsLeftOut(t *testing.T) {
 		}}
 		h, _ := open(t, Options{Workers: daemons{"w": w}})
 		built(t, h, "b", Leg{Worker: "w", Ref: "leg"})
-		_, e, err := h.store.get("b")
+		_, e, err := h.records.get(t.Context(), "b")
 		if err != nil || len(e.Blobs) != 3 { // with the logs
 			t.Errorf("kept %v, %v", e.Blobs, err)
 		}

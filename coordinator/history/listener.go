@@ -27,8 +27,8 @@ type listener struct {
 }
 
 // listen registers a listener, and returns what there was at that moment: the
-// builds that run, and the ended ones that are not on disk yet.
-func (h *History) listen(viewer identity.Identity, ref string) (l *listener, active []*controlapi.BuildHistoryRecord, fresh map[string]*controlapi.BuildHistoryRecord, err error) {
+// builds that run, and the ended ones that are not in the store yet.
+func (h *History) listen(viewer identity.Identity, ref string) (l *listener, active []*controlapi.BuildHistoryRecord, fresh map[string]*Recorder, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if _, gone := h.deleted[ref]; gone {
@@ -42,10 +42,10 @@ func (h *History) listen(viewer identity.Identity, ref string) (l *listener, act
 		}
 	}
 	slices.SortFunc(active, func(a, b *controlapi.BuildHistoryRecord) int { return strings.Compare(a.GetRef(), b.GetRef()) })
-	fresh = map[string]*controlapi.BuildHistoryRecord{}
+	fresh = map[string]*Recorder{}
 	for _, r := range h.fresh {
 		if ref == "" || ref == r.ref {
-			fresh[r.ref] = r.record
+			fresh[r.ref] = r
 		}
 	}
 	return l, active, fresh, nil
@@ -60,7 +60,7 @@ func (h *History) leave(l *listener) {
 	if !gone {
 		return
 	}
-	if _, err := h.remove(l.ref); err != nil {
+	if _, err := h.remove(h.ctx, l.ref); err != nil {
 		h.options.Log.Error("removing a build record", "build", l.ref, "error", err)
 	}
 }

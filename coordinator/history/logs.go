@@ -3,15 +3,12 @@ package history
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 
-	"github.com/containerd/containerd/v2/core/content"
 	controlapi "github.com/moby/buildkit/api/services/control"
-	"github.com/moby/buildkit/identity"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
 )
@@ -22,16 +19,16 @@ const maxFrame = 16 << 20
 // logs takes a build's progress as BuildKit keeps it: messages, each after its
 // length in four bytes, the lowest first. It waits in memory while it is small.
 type logs struct {
-	blobs *blobs
+	hold *hold
 
 	buffer bytes.Buffer
-	file   content.Writer // once it is not small any more
+	file   *spool // once it is not small any more
 	size   int64
 	steps  steps
 }
 
 // add appends a message.
-func (l *logs) add(ctx context.Context, m *controlapi.StatusResponse) error {
+func (l *logs) add(m *controlapi.StatusResponse) error {
 	l.steps.add(m)
 	if l.size > maxLogs {
 		m = &controlapi.StatusResponse{Vertexes: m.GetVertexes()} // who failed is still told
@@ -49,13 +46,13 @@ func (l *logs) add(ctx context.Context, m *controlapi.StatusResponse) error {
 	if l.buffer.Len() < maxFresh {
 		return nil
 	}
-	return l.spill(ctx)
+	return l.spill()
 }
 
 // spill moves what is in memory to disk.
-func (l *logs) spill(ctx context.Context) (err error) {
+func (l *logs) spill() (err error) {
 	if l.file == nil {
-		if l.file, err = content.OpenWriter(ctx, l.blobs.files, content.WithRef("logs-"+identity.NewID())); err != nil {
+		if l.file, err = newSpool(l.hold.blobs.dir); err != nil {
 			return fmt.Errorf("writing the logs: %w", err)
 		}
 	}
@@ -66,15 +63,14 @@ func (l *logs) spill(ctx context.Context) (err error) {
 }
 
 // finish returns the whole, which is held.
-func (l *logs) finish(ctx context.Context) (ocispecs.Descriptor, error) {
+func (l *logs) finish() (ocispecs.Descriptor, error) {
 	if l.file == nil {
-		return l.blobs.add(ctx, typeLogs, l.buffer.Bytes())
+		return l.hold.add(typeLogs, l.buffer.Bytes())
 	}
-	defer l.file.Close()
-	if err := l.spill(ctx); err != nil {
-		return ocispecs.Descriptor{}, err
+	if err := l.spill(); err != nil {
+		return ocispecs.Descriptor{}, errors.Join(err, l.file.file.Close())
 	}
-	return l.blobs.commit(ctx, typeLogs, l.file, l.size)
+	return l.hold.addSpool(typeLogs, l.file), nil
 }
 
 // steps counts the vertices of a build as its record tells them.

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
-	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace"
@@ -37,14 +36,14 @@ type Recorder struct {
 	legs     []*legRecord
 	metadata map[string][]byte
 	images   map[int]ocispecs.Descriptor
-	held     []digest.Digest
+	hold     *hold // of what the record is going to name
 	fetching sync.WaitGroup
 
 	answered chan struct{} // closed when the client has its answer: outcome is set
 	outcome  outcome
 	visible  chan struct{} // closed when record is complete, or given up
 	record   *controlapi.BuildHistoryRecord
-	stored   chan struct{} // closed when it is on disk, or given up
+	stored   chan struct{} // closed when it is in the store, or given up
 
 	finalizer *finalizer
 }
@@ -63,7 +62,8 @@ func (h *History) Begin(ctx context.Context, req *controlapi.SolveRequest, expor
 		return nil
 	}
 	r := &Recorder{
-		h: h, ref: req.GetRef(), tenant: identity.FromContext(ctx).Tenant, progress: stream, images: map[int]ocispecs.Descriptor{}, started: begun(req, exporters),
+		h: h, ref: req.GetRef(), tenant: identity.FromContext(ctx).Tenant, progress: stream,
+		images: map[int]ocispecs.Descriptor{}, started: begun(req, exporters), hold: h.records.blobs.hold(),
 		answered: make(chan struct{}), visible: make(chan struct{}), stored: make(chan struct{}), finalizer: newFinalizer(),
 	}
 	h.mu.Lock()
@@ -75,8 +75,8 @@ func (h *History) Begin(ctx context.Context, req *controlapi.SolveRequest, expor
 		r.traceID = trace.SpanContextFromContext(ctx).TraceID()
 		r.spans = h.options.Spans.Record(ctx)
 	}
-	h.running[r.ref], h.tenants[r.ref] = r, r.tenant
-	h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_STARTED, Record: r.started})
+	h.running[r.ref] = r
+	h.tell(r.tenant, &controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_STARTED, Record: r.started})
 	h.work.Go(func() { r.run(context.WithoutCancel(ctx)) }) // ends some time after Complete, every wait being bounded
 	return r
 }
@@ -118,11 +118,11 @@ func (r *Recorder) Built(ctx context.Context, legs []Leg, metadata map[string][]
 
 // Image tells what an exporter, by its place in the request, has exported from
 // several legs. It replaces what the legs exported for it.
-func (r *Recorder) Image(ctx context.Context, exporter int, desc ocispecs.Descriptor, data []byte) {
+func (r *Recorder) Image(exporter int, desc ocispecs.Descriptor, data []byte) {
 	if r == nil {
 		return
 	}
-	if _, err := r.add(ctx, desc.MediaType, data); err != nil {
+	if _, err := r.hold.add(desc.MediaType, data); err != nil {
 		r.h.options.Log.Error("the build history lacks an image", "build", r.ref, "error", err)
 		return
 	}
@@ -159,7 +159,7 @@ func (r *Recorder) run(ctx context.Context) {
 	logs := r.follow(ctx)
 	<-r.answered
 	r.fetching.Wait()
-	err := r.assemble(ctx, logs)
+	err := r.assemble(logs)
 	r.h.publish(r, err)
 	defer r.h.release(r)
 	if err == nil {
@@ -169,7 +169,7 @@ func (r *Recorder) run(ctx context.Context) {
 		r.h.options.Log.Error("the build history lacks a build", "build", r.ref, "error", err)
 	}
 	r.h.settle(r, err)
-	r.h.store.blobs.release(r.held...)
+	r.hold.release(ctx)
 	r.h.trace(ctx, r, err == nil)
 }
 
@@ -192,22 +192,19 @@ func (r *Recorder) follow(ctx context.Context) *logs {
 		case <-watching:
 		}
 	}()
-	l := &logs{blobs: r.h.store.blobs}
-	if err := r.progress.Follow(ctx, func(m *controlapi.StatusResponse) error { return l.add(ctx, m) }); err != nil {
+	l := &logs{hold: r.hold}
+	if err := r.progress.Follow(ctx, func(m *controlapi.StatusResponse) error { return l.add(m) }); err != nil {
 		r.h.options.Log.Warn("the logs in the build history are not complete", "build", r.ref, "error", err)
 	}
 	return l
 }
 
 // assemble makes the record.
-func (r *Recorder) assemble(ctx context.Context, l *logs) error {
-	desc, err := l.finish(ctx)
+func (r *Recorder) assemble(l *logs) error {
+	desc, err := l.finish()
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	r.held = append(r.held, desc.Digest)
-	r.mu.Unlock()
 	record := proto.CloneOf(r.started)
 	record.CompletedAt = timestamppb.New(r.outcome.completed)
 	record.Logs = apiDescriptor(desc)
@@ -216,7 +213,7 @@ func (r *Recorder) assemble(ctx context.Context, l *logs) error {
 	merge(record, r.legs, r.metadata, r.images)
 	tellLegs(record, r.outcome.legs)
 	if r.outcome.err != nil {
-		if err := r.fail(ctx, record); err != nil {
+		if err := r.fail(record); err != nil {
 			return err
 		}
 	}
@@ -225,14 +222,14 @@ func (r *Recorder) assemble(ctx context.Context, l *logs) error {
 }
 
 // fail adds the build's error: its details are a blob of their own.
-func (r *Recorder) fail(ctx context.Context, record *controlapi.BuildHistoryRecord) error {
+func (r *Recorder) fail(record *controlapi.BuildHistoryRecord) error {
 	st := status.Convert(r.outcome.err).Proto()
 	st.Message = strings.ToValidUTF8(st.GetMessage(), "\uFFFD")
 	raw, err := proto.Marshal(st)
 	if err != nil {
 		return fmt.Errorf("recording the build's error: %w", err)
 	}
-	desc, err := r.add(ctx, typeError, raw)
+	desc, err := r.hold.add(typeError, raw)
 	if err != nil {
 		return err
 	}
@@ -241,28 +238,17 @@ func (r *Recorder) fail(ctx context.Context, record *controlapi.BuildHistoryReco
 	return nil
 }
 
-// add takes a blob, which is held until the record is on disk.
-func (r *Recorder) add(ctx context.Context, mediaType string, data []byte) (ocispecs.Descriptor, error) {
-	desc, err := r.h.store.blobs.add(ctx, mediaType, data)
-	if err == nil {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.held = append(r.held, desc.Digest)
-	}
-	return desc, err
-}
-
-// store copies what the record's results consist of, and writes everything to
-// disk.
+// store copies what the record's results consist of, and writes everything to the
+// store.
 func (r *Recorder) store(ctx context.Context) error {
 	e := r.gather(ctx)
 	e.Tenant = r.tenant
-	if err := r.h.store.blobs.persist(ctx, e.digests()...); err != nil {
+	if err := r.hold.persist(ctx, e.digests()...); err != nil {
 		return err
 	}
 	r.h.changes.Lock()
 	defer r.h.changes.Unlock()
-	return r.h.store.put(r.record, e)
+	return r.h.records.put(ctx, r.record, e)
 }
 
 // publish makes a record visible, unless it could not be made. From then on its
@@ -275,15 +261,14 @@ func (h *History) publish(r *Recorder, err error) {
 		delete(h.running, r.ref)
 	}
 	if err != nil {
-		h.forgetTenant(r.ref)
 		return
 	}
 	delete(h.deleted, r.ref)
 	h.fresh[r.ref], h.finalizers[r.ref] = r, r.finalizer
-	h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: r.record})
+	h.tell(r.tenant, &controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_COMPLETE, Record: r.record})
 }
 
-// settle tells that a record is on disk, or will never be.
+// settle tells that a record is in the store, or will never be.
 func (h *History) settle(r *Recorder, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -293,8 +278,7 @@ func (h *History) settle(r *Recorder, err error) {
 	}
 	delete(h.fresh, r.ref)
 	if err != nil {
-		h.tell(&controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_DELETED, Record: &controlapi.BuildHistoryRecord{Ref: r.ref}})
-		h.forgetTenant(r.ref)
+		h.tell(r.tenant, &controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_DELETED, Record: &controlapi.BuildHistoryRecord{Ref: r.ref}})
 	}
 }
 

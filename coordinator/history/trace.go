@@ -121,15 +121,16 @@ func (h *History) legTrace(ctx context.Context, l Leg) ([]byte, error) {
 }
 
 func (h *History) addTrace(ctx context.Context, ref string, t *spanSet) error {
-	desc, err := h.store.blobs.add(ctx, typeTrace, t.encode())
+	hold := h.records.blobs.hold()
+	defer hold.release(ctx)
+	desc, err := hold.add(typeTrace, t.encode())
 	if err != nil {
 		return err
 	}
-	defer h.store.blobs.release(desc.Digest)
-	if err := h.store.blobs.persist(ctx, desc.Digest); err != nil {
+	if err := hold.persist(ctx, desc.Digest); err != nil {
 		return err
 	}
-	return h.change(ref, func(record *controlapi.BuildHistoryRecord, e *extent) {
+	return h.change(ctx, ref, func(record *controlapi.BuildHistoryRecord, e *extent) {
 		record.Trace = apiDescriptor(desc)
 		e.Blobs = append(e.Blobs, blob{Digest: desc.Digest, Size: desc.Size})
 	})

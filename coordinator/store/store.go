@@ -34,6 +34,7 @@ type Store interface {
 	Ledger
 	Secrets
 	Blobs
+	History
 	// Now is the database's clock, by which leases end.
 	Now(ctx context.Context) (time.Time, error)
 	// Wakes sends hints that something may have changed, until ctx ends. Hints can

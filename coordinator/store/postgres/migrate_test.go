@@ -35,7 +35,12 @@ func TestMigrate(t *testing.T) {
 			if err := server.Load(t.Context(), database, dump); err != nil {
 				t.Fatal(err)
 			}
-			storetest.CheckFilled(t, openTest(t, server.URL(database)))
+			s := openTest(t, server.URL(database))
+			storetest.CheckFilled(t, s)
+			if name == "schema-001.sql" { // the history came with the second
+				storetest.FillBuilds(t, s)
+			}
+			storetest.CheckFilledBuilds(t, s)
 		})
 	}
 }
@@ -44,6 +49,7 @@ func dumpNewest(t *testing.T, steps fs.FS) {
 	server, database := postgrestest.Database(t)
 	s := openTest(t, server.URL(database))
 	storetest.Fill(t, s)
+	storetest.FillBuilds(t, s)
 	all, err := fs.Glob(steps, "*.sql")
 	if err != nil {
 		t.Fatal(err)

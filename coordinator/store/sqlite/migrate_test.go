@@ -44,7 +44,12 @@ func TestMigrate(t *testing.T) {
 			if err := db.Close(); err != nil {
 				t.Fatal(err)
 			}
-			storetest.CheckFilled(t, openTest(t, dir))
+			s := openTest(t, dir)
+			storetest.CheckFilled(t, s)
+			if name == "schema-001.sql" { // the history came with the second
+				storetest.FillBuilds(t, s)
+			}
+			storetest.CheckFilledBuilds(t, s)
 		})
 	}
 }
@@ -64,6 +69,7 @@ func dumpTo(t *testing.T, path string) {
 	dir := t.TempDir()
 	s := openTest(t, dir)
 	storetest.Fill(t, s)
+	storetest.FillBuilds(t, s)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -60,7 +60,7 @@ var (
 // Only one process can have it open. One that is damaged is store.ErrCorrupt, and
 // the error says what to do.
 //
-// Leases that are left in it are ended: whoever had them was this database's only
+// Leases, and holds of blobs, that are left in it are ended: whoever had them was this database's only
 // coordinator, and has gone.
 func Open(ctx context.Context, o Options) (store.Store, error) {
 	s, err := open(ctx, o)
@@ -174,6 +174,9 @@ func prepare(ctx context.Context, e *engine, log *slog.Logger) error {
 		_, err := tx.Exec("UPDATE jobs SET lease_until = 0 WHERE ended = 0 AND lease_until > 0")
 		if err == nil {
 			_, err = tx.Exec("UPDATE publications SET lease_until = 0 WHERE pending > 0 AND lease_until > 0")
+		}
+		if err == nil {
+			_, err = tx.Exec("DELETE FROM build_holds")
 		}
 		return err
 	})

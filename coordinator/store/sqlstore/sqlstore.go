@@ -42,8 +42,8 @@ type Tx interface {
 	Lock(keys ...string) error
 }
 
-// Store implements store.Jobs, store.Ledger, store.Secrets and the hints, over an
-// Engine.
+// Store implements store.Jobs, store.Ledger, store.Secrets, store.History and the
+// hints, over an Engine.
 type Store struct {
 	engine Engine
 	wakes  *Wakes
