@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -21,10 +22,10 @@ func content(data []byte) store.BuildBlob {
 	return store.BuildBlob{Digest: digest.FromBytes(data).String(), Size: int64(len(data))}
 }
 
-func putBlob(t fatal, s store.Store, holder string, data []byte) string {
+func putBlob(ctx context.Context, t fatal, s store.Store, holder string, data []byte) string {
 	t.Helper()
 	b := content(data)
-	if err := s.PutBuildBlob(context.Background(), holder, b, bytes.NewReader(data)); err != nil {
+	if err := s.PutBuildBlob(ctx, holder, b, bytes.NewReader(data)); err != nil {
 		t.Fatal(err)
 	}
 	return b.Digest
@@ -125,7 +126,7 @@ func testBuildBlobs(t *testing.T, s store.Store) {
 		_, err = s.HoldBuildBlob(ctx, "me", b.Digest)
 		is(t, err, store.ErrNotFound)
 		for range 2 {
-			putBlob(t, s, "me", data)
+			putBlob(ctx, t, s, "me", data)
 		}
 		got, err := s.BuildBlob(ctx, b.Digest)
 		ok(t, err)
@@ -157,65 +158,35 @@ func testBuildBlobs(t *testing.T, s store.Store) {
 	is(t, err, store.ErrNotFound)
 }
 
-// testBuildsModel compares what there is with what should be, whoever names and holds it.
+// buildsModel is what should be there, given who names and who holds it.
+type buildsModel struct {
+	store.Store
+	texts []string
+	named map[string][]string        // by reference
+	held  map[string]map[string]bool // by holder
+}
+
+func (m *buildsModel) digest(text string) string { return content([]byte(text)).Digest }
+
+func (m *buildsModel) there(text string) bool {
+	return m.held["me"][text] || m.held["you"][text] ||
+		slices.ContainsFunc(slices.Collect(maps.Values(m.named)), func(all []string) bool { return slices.Contains(all, text) })
+}
+
 func testBuildsModel(t *testing.T, s store.Store) {
-	texts := []string{"one", "two", string(bytes.Repeat([]byte("large"), store.BuildChunk/4))}
-	digests := map[string]string{}
-	for _, text := range texts {
-		digests[text] = content([]byte(text)).Digest
-	}
 	ctx := t.Context()
 	rapid.Check(t, func(r *rapid.T) {
-		named, held := map[string][]string{}, map[string]map[string]bool{"me": {}, "you": {}}
-		there := func(text string) bool {
-			return held["me"][text] || held["you"][text] ||
-				slices.ContainsFunc(slices.Collect(maps.Values(named)), func(all []string) bool { return slices.Contains(all, text) })
-		}
-		step := func() error {
-			ref, holder := rapid.SampledFrom([]string{"a", "b"}).Draw(r, "ref"), rapid.SampledFrom([]string{"me", "you"}).Draw(r, "holder")
-			text := rapid.SampledFrom(texts).Draw(r, "text")
-			switch rapid.SampledFrom([]string{"blob", "blob", "hold", "put", "put", "change", "remove", "release", "sweep"}).Draw(r, "step") {
-			case "blob":
-				putBlob(r, s, holder, []byte(text))
-				held[holder][text] = true
-			case "hold":
-				_, err := s.HoldBuildBlob(ctx, holder, digests[text])
-				if !there(text) {
-					return expected(err)
-				}
-				held[holder][text] = true
-				return err
-			case "put":
-				return putModel(r, s, ref, texts, digests, named, there)
-			case "change":
-				err := s.ChangeBuild(ctx, ref, func(b *store.Build) error { b.Blobs = []string{digests[text]}; return nil })
-				if named[ref] == nil || !there(text) {
-					return expected(err)
-				}
-				named[ref] = []string{text}
-				return err
-			case "remove":
-				_, err := s.RemoveBuild(ctx, ref)
-				if named[ref] == nil {
-					return expected(err)
-				}
-				delete(named, ref)
-				return err
-			case "release":
-				clear(held[holder])
-				return s.ReleaseBuildBlobs(ctx, holder)
-			case "sweep":
-				return s.SweepBuildBlobs(ctx)
-			}
-			return nil
+		m := &buildsModel{
+			Store: s, texts: []string{"one", "two", strings.Repeat("large", store.BuildChunk/4)},
+			named: map[string][]string{}, held: map[string]map[string]bool{"me": {}, "you": {}},
 		}
 		for range rapid.IntRange(1, 12).Draw(r, "steps") {
-			if err := step(); err != nil {
+			if err := m.step(ctx, r); err != nil {
 				r.Fatal(err)
 			}
-			for _, text := range texts {
-				if _, err := s.BuildBlob(ctx, digests[text]); (err == nil) != there(text) {
-					r.Fatalf("%.5s is there: %v, should be: %v", text, err, there(text))
+			for _, text := range m.texts {
+				if _, err := s.BuildBlob(ctx, m.digest(text)); (err == nil) != m.there(text) {
+					r.Fatalf("%.5s is there: %v, should be: %v", text, err, m.there(text))
 				}
 			}
 		}
@@ -228,29 +199,68 @@ func testBuildsModel(t *testing.T, s store.Store) {
 	})
 }
 
+func (m *buildsModel) step(ctx context.Context, r *rapid.T) error {
+	ref, holder := rapid.SampledFrom([]string{"a", "b"}).Draw(r, "ref"), rapid.SampledFrom([]string{"me", "you"}).Draw(r, "holder")
+	text := rapid.SampledFrom(m.texts).Draw(r, "text")
+	switch rapid.SampledFrom([]string{"blob", "blob", "hold", "put", "put", "change", "remove", "release", "sweep"}).Draw(r, "step") {
+	case "blob":
+		putBlob(ctx, r, m, holder, []byte(text))
+		m.held[holder][text] = true
+	case "hold":
+		_, err := m.HoldBuildBlob(ctx, holder, m.digest(text))
+		if !m.there(text) {
+			return expected(err)
+		}
+		m.held[holder][text] = true
+		return err
+	case "put":
+		return m.put(ctx, r, ref)
+	case "change":
+		err := m.ChangeBuild(ctx, ref, func(b *store.Build) error { b.Blobs = []string{m.digest(text)}; return nil })
+		if m.named[ref] == nil || !m.there(text) {
+			return expected(err)
+		}
+		m.named[ref] = []string{text}
+		return err
+	case "remove":
+		_, err := m.RemoveBuild(ctx, ref)
+		if m.named[ref] == nil {
+			return expected(err)
+		}
+		delete(m.named, ref)
+		return err
+	case "release":
+		clear(m.held[holder])
+		return m.ReleaseBuildBlobs(ctx, holder)
+	case "sweep":
+		return m.SweepBuildBlobs(ctx)
+	}
+	return nil
+}
+
+func (m *buildsModel) put(ctx context.Context, r *rapid.T, ref string) error {
+	all, missing := []string{}, false
+	b := build(ref)
+	for _, text := range m.texts {
+		if rapid.Bool().Draw(r, "names it") {
+			all, b.Blobs = append(all, text), append(b.Blobs, m.digest(text))
+			missing = missing || !m.there(text)
+		}
+	}
+	err := m.PutBuild(ctx, b)
+	if missing {
+		return expected(err)
+	}
+	m.named[ref] = all
+	return err
+}
+
 // expected is that something was not there.
 func expected(err error) error {
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
 	return fmt.Errorf("the error is %w, not: %w", err, store.ErrNotFound)
-}
-
-func putModel(r *rapid.T, s store.Store, ref string, texts []string, digests map[string]string, named map[string][]string, there func(string) bool) error {
-	all, missing := []string{}, false
-	b := build(ref)
-	for _, text := range texts {
-		if rapid.Bool().Draw(r, "names it") {
-			all, b.Blobs = append(all, text), append(b.Blobs, digests[text])
-			missing = missing || !there(text)
-		}
-	}
-	err := s.PutBuild(context.Background(), b)
-	if missing {
-		return expected(err)
-	}
-	named[ref] = all
-	return err
 }
 
 // testBuildsRace lets several write, name and remove the same: what is named at the
@@ -263,7 +273,7 @@ func testBuildsRace(t *testing.T, s store.Store) {
 		writing.Go(func() {
 			for round := range 4 {
 				holder, ref := fmt.Sprintf("holder %d.%d", i, round), fmt.Sprintf("build %d", i%3)
-				names := []string{putBlob(t, s, holder, []byte("shared")), putBlob(t, s, holder, large), putBlob(t, s, holder, []byte(holder))}
+				names := []string{putBlob(ctx, t, s, holder, []byte("shared")), putBlob(ctx, t, s, holder, large), putBlob(ctx, t, s, holder, []byte(holder))}
 				if err := s.PutBuild(ctx, build(ref, names...)); err != nil {
 					t.Error(err)
 				}
@@ -297,10 +307,10 @@ func testBuildsRace(t *testing.T, s store.Store) {
 // FillBuilds makes something of everything that the second schema has added.
 func FillBuilds(t testing.TB, s store.Store) {
 	t.Helper()
-	b := build("build", putBlob(t, s, "holder", []byte("it's\x00 a log")))
+	b := build("build", putBlob(t.Context(), t, s, "holder", []byte("it's\x00 a log")))
 	b.Pinned, b.Places = true, []store.Place{{Digest: digest.FromString("layer").String(), Worker: "w"}}
 	ok(t, s.PutBuild(t.Context(), b))
-	putBlob(t, s, "holder", []byte("held"))
+	putBlob(t.Context(), t, s, "holder", []byte("held"))
 }
 
 // CheckFilledBuilds compares what FillBuilds made with what it was, and goes on with it.
