@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/status"
 
+	"github.com/archfarm/archfarm/coordinator/build"
 	"github.com/archfarm/archfarm/coordinator/dispatch"
 	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/split"
@@ -51,7 +52,9 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 		return nil, err
 	}
 	for _, i := range images {
-		rec.Image(i.Exporter, i.Descriptor, i.Blob)
+		if !i.Sole { // a single leg's own record has it
+			rec.Image(i.Exporter, i.Descriptor, i.Blob)
+		}
 	}
 	if err := c.send(ctx, b, images); err != nil {
 		return nil, err
@@ -108,6 +111,10 @@ func (c *coordinator) send(ctx context.Context, b *dispatch.Build, images []imag
 func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, req *controlapi.SolveRequest, images []image) error {
 	var done []string
 	for _, i := range images {
+		if i.Kind == split.KindPushed {
+			c.note(ctx, b, c.publication(ctx, req, i))
+			continue
+		}
 		if i.Kind != split.KindImage || len(i.publication.Names) == 0 {
 			continue
 		}
@@ -117,6 +124,16 @@ func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, req *contr
 		done = append(done, i.publication.Names...)
 	}
 	return nil
+}
+
+// note has the ledger know the tags that a worker has pushed itself, and tells the client
+// what the policy would rather not have had. The tags are what they are: the build does
+// not fail.
+func (c *coordinator) note(ctx context.Context, b *dispatch.Build, pushed publish.Request) {
+	if err := c.publisher.Publish(ctx, pushed, asides{b}); err != nil {
+		c.log.Warn("noting tags that a worker has pushed", "build", pushed.Build, "names", pushed.Names, "error", err)
+		observer{b}.Warn(fmt.Sprintf("the ledger of tags does not know of this push: %s", build.Message(err)))
+	}
 }
 
 // answer is what the client is told: of several exporters' images, as buildkitd

@@ -44,7 +44,12 @@ func assemble(made dispatch.Image, metadata map[string][]byte) (i image, err err
 		}
 		name = i.publication.Name
 	}
-	i.response, err = respond(i.Descriptor, name, made.Config)
+	switch {
+	case !made.Sole:
+		i.response, err = respond(i.Descriptor, name, made.Config)
+	case made.Kind == split.KindImage && made.Naming: // the rest the leg has answered
+		i.response = map[string]string{exptypes.ExporterImageNameKey: name}
+	}
 	return i, err
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/legbuild"
 	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/schedule"
+	"github.com/archfarm/archfarm/coordinator/split"
 	"github.com/archfarm/archfarm/coordinator/store"
 	"github.com/archfarm/archfarm/identity"
 )
@@ -143,6 +144,28 @@ func (o observer) Warn(text string) {
 	step.Log("WARNING: " + text)
 	step.Warn(&controlapi.VertexWarning{Level: 1, Short: []byte(text)})
 	step.Done(nil)
+}
+
+// asides are the warnings of a publication alone: its steps were the worker's.
+type asides struct{ *dispatch.Build }
+
+// Step implements publish.Observer.
+func (asides) Step(string) func(error) { return func(error) {} }
+
+// Warn implements publish.Observer.
+func (a asides) Warn(text string) { observer(a).Warn(text) }
+
+// publishing is who gives tags to an image of one platform. Where the policy enforces,
+// the worker must not; where it warns, its tags are in the attestations' subjects, as
+// of any buildkitd.
+func publishing(policy publish.Policy) func(repository string) split.Publishing {
+	return func(repository string) split.Publishing {
+		mode := policy.Strictest(publish.Endpoint)
+		if repository != "" {
+			mode, _ = policy.For(publish.Endpoint, repository)
+		}
+		return map[publish.Mode]split.Publishing{publish.Warn: split.ByWorkerTold, publish.Enforce: split.ByFarm}[mode]
+	}
 }
 
 // drainAll lets jobs' legs and builds end.

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/cgi"
 	"net/http/httptest"
@@ -221,16 +222,79 @@ func TestJob_APushOverAnImmutableTagIsRefusedWhereThePolicySaysSo(t *testing.T) 
 	t.Parallel()
 	farmOnly(t)
 	r := newJobRig(t, farmtest.FarmOptions{CoordinatorArgs: []string{"--push-policy", "enforce"}})
-	dir := r.context(t, map[string]string{"Dockerfile": plain, "hello": "one\n"})
-	r.Client.Build(t, "--platform", both, "--push", "-t", r.ref("v1"), "-t", r.ref("v1.2.3"), dir)
-	one := r.registry.Index(t, r.repo, "v1.2.3").Digest
-	farmtest.WriteFile(t, dir, "hello", "two\n")
-	wantFailure(t, r.Client.TryBuild(t, "--platform", both, "--push", "-t", r.ref("v1.2.3"), dir), "immutable", one.String())
-	wantEqual(t, "the tag", r.registry.Index(t, r.repo, "v1.2.3").Digest, one)
-	r.Client.Build(t, "--platform", both, "--push", "-t", r.ref("v1"), dir) // an alias may move
-	if moved := r.registry.Index(t, r.repo, "v1").Digest; moved == one {
-		t.Error("the mutable tag v1 has not moved")
+	for name, platforms := range map[string]string{"several platforms": both, "one platform": "linux/amd64"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := r
+			r.repo = newRepo(t)
+			dir := r.context(t, map[string]string{"Dockerfile": plain, "hello": "one\n"})
+			meta := filepath.Join(farmtest.Folder(t), "metadata.json")
+			r.Client.Build(t, "--platform", platforms, "--push", "-t", r.ref("v1"), "-t", r.ref("v1.2.3"), "--metadata-file", meta, dir)
+			one := r.registry.Index(t, r.repo, "v1.2.3").Digest
+			told := readMetadata(t, meta)
+			wantEqual(t, "the digest that the client is told", told.Digest, one.String())
+			wantEqual(t, "the name that the client is told", told.ImageName, r.ref("v1")+","+r.ref("v1.2.3"))
+			r.wantLedger(t, "v1.2.3", one.String())
+			farmtest.WriteFile(t, dir, "hello", "two\n")
+			wantFailure(t, r.Client.TryBuild(t, "--platform", platforms, "--push", "-t", r.ref("v1.2.3"), dir), "immutable", one.String())
+			wantEqual(t, "the tag", r.registry.Index(t, r.repo, "v1.2.3").Digest, one)
+			r.Client.Build(t, "--platform", platforms, "--push", "-t", r.ref("v1"), dir) // an alias may move
+			if moved := r.registry.Index(t, r.repo, "v1").Digest; moved == one {
+				t.Error("the mutable tag v1 has not moved")
+			}
+		})
 	}
+}
+
+// TestJob_APushOverAnImmutableTagIsToldWhereThePolicyIsToWarn is the default: the push
+// goes through, the client is told, and the ledger has it.
+func TestJob_APushOverAnImmutableTagIsToldWhereThePolicyIsToWarn(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	r := newJobRig(t, farmtest.FarmOptions{})
+	for name, platforms := range map[string]string{"several platforms": both, "one platform": "linux/amd64"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := r
+			r.repo = newRepo(t)
+			dir := r.context(t, map[string]string{"Dockerfile": plain, "hello": "one\n"})
+			r.Client.Build(t, "--platform", platforms, "--push", "-t", r.ref("v1.2.3"), dir)
+			one := r.registry.Index(t, r.repo, "v1.2.3").Digest
+			r.wantLedger(t, "v1.2.3", one.String())
+			farmtest.WriteFile(t, dir, "hello", "two\n")
+			told := r.Client.TryBuild(t, "--platform", platforms, "--push", "-t", r.ref("v1.2.3"), dir)
+			if told.Code != 0 {
+				t.Fatalf("exit code %d:\n%s", told.Code, told.Output)
+			}
+			for _, text := range []string{"WARNING: tag policy", "immutable", one.String(), "published all the same"} {
+				if !strings.Contains(told.Output, text) {
+					t.Errorf("the output does not say %q:\n%s", text, told.Output)
+				}
+			}
+			two := r.registry.Index(t, r.repo, "v1.2.3").Digest
+			if one == two {
+				t.Error("the tag has not moved")
+			}
+			r.wantLedger(t, "v1.2.3", two.String(), one.String())
+		})
+	}
+}
+
+// wantLedger waits until the ledger says that a tag has meant these digests, the newest first.
+func (r jobRig) wantLedger(t *testing.T, tag string, digests ...string) {
+	t.Helper()
+	farmtest.Eventually(t, jobLimit, fmt.Sprintf("the ledger has %q for %s", digests, tag), func() (string, bool) {
+		var bindings []struct{ Digest, State string }
+		answer := r.Farm.Archfarm(t, "tags", r.registry.Host+"/"+r.repo, "--tag", tag, "--output", "json")
+		readJSON(t, answer.Output, &bindings)
+		var have []string
+		for _, b := range bindings {
+			if b.State == "published" {
+				have = append(have, b.Digest)
+			}
+		}
+		return answer.Output, slices.Equal(have, digests)
+	})
 }
 
 func TestJob_CancelledAndRetriedOfOnePlatform(t *testing.T) {

@@ -35,8 +35,10 @@ type Farm struct {
 	Sessions  *session.Registry
 	Relays    *session.Relays
 	Spool     *export.Spool
-	Metrics   *Metrics
-	Log       *slog.Logger
+	// Publishing is who gives tags to an image of one leg; nil: its worker. See split.PlanSole.
+	Publishing func(repository string) split.Publishing
+	Metrics    *Metrics
+	Log        *slog.Logger
 }
 
 // Build is one client request while it runs.

@@ -35,8 +35,8 @@ type Image struct {
 	Legs []manifest.Leg
 	// Annotations of the index.
 	Annotations manifest.Annotations
-	// Plain tells that the client returned one reference without a platform: what
-	// its leg exported is the image, without an index around it.
+	// Plain tells that the client returned one reference without a platform, or that
+	// there is one leg only: what that exported is the image, without an index around it.
 	Plain bool
 	// Config is the digest of a Plain image's configuration, if the leg told it.
 	Config string
@@ -127,6 +127,10 @@ func (b *Build) collect(shares []share, parts []exported, result *gwpb.Result) (
 		return nil, err
 	}
 	for _, e := range b.exports.Exports() {
+		if e.Sole {
+			out.addSole(e, parts)
+			continue
+		}
 		if !e.Indexed() || len(shares) == 0 {
 			continue
 		}
@@ -148,12 +152,23 @@ func (b *Build) collect(shares []share, parts []exported, result *gwpb.Result) (
 			out.Images = append(out.Images, image)
 		}
 	}
-	if len(out.Images) > 0 && !plain {
+	if len(out.Images) > 0 && !plain && !out.Images[0].Sole {
 		for _, k := range []string{exptypes.ExporterImageDigestKey, exptypes.ExporterImageConfigDigestKey, exptypes.ExporterImageDescriptorKey, exptypes.ExporterImageNameKey} {
 			delete(out.Response, k) // a leg's own
 		}
 	}
 	return out, nil
+}
+
+// addSole adds what the only leg exported, if there is more to be done about it.
+func (e *Exported) addSole(export split.Export, parts []exported) {
+	for _, part := range parts {
+		if made, ok := part.images[export.Exporter]; ok {
+			e.Images = append(e.Images, Image{
+				Export: export, Plain: true, Legs: []manifest.Leg{{Descriptor: made.Descriptor, Blob: made.Blob}},
+			})
+		}
+	}
 }
 
 // listedPlatforms are those of a result, in its order; none where it holds a single

@@ -245,7 +245,7 @@ func (l *leg) images(ctx context.Context, response map[string]string, plan *spli
 	images := map[int]export.Written{}
 	var recorded map[int64]*controlapi.Descriptor
 	for _, e := range plan.Exports() {
-		if e.Kind != split.KindImage {
+		if e.Kind != split.KindImage && e.Kind != split.KindPushed {
 			continue
 		}
 		var desc ocispecs.Descriptor
@@ -253,26 +253,36 @@ func (l *leg) images(ctx context.Context, response map[string]string, plan *spli
 		switch {
 		case e.Exporter == plan.Describing():
 			desc, err = export.Descriptor(response)
-		case !e.Pushes(): // the next one's description takes its place
+		case e.Kind == split.KindImage && !e.Pushes(): // the next one's description takes its place
 			continue
 		default:
 			if recorded == nil {
-				if recorded, err = l.recorded(ctx); err != nil {
-					return nil, err
-				}
+				recorded, err = l.recorded(ctx)
 			}
-			desc, err = described(recorded[int64(e.Exporter)])
+			if err == nil {
+				desc, err = described(recorded[int64(e.Exporter)])
+			}
 		}
-		if err != nil {
+		if err == nil {
+			images[e.Exporter], err = l.written(ctx, desc, response)
+		}
+		if err != nil && e.Kind == split.KindPushed {
+			l.build.log.Warn("an image was pushed that the ledger of tags is not told of", "worker", l.worker.Name, "error", err)
+			delete(images, e.Exporter)
+		} else if err != nil {
 			return nil, fmt.Errorf("%s: what worker %s exported: %w", l, l.worker.Name, err)
 		}
-		blob, err := content.ReadBlob(ctx, proxy.NewContentStore(contentapi.NewContentClient(l.attempt.conn)), desc)
-		if err != nil {
-			return nil, fmt.Errorf("%s: reading %s from worker %s: %w", l, desc.Digest, l.worker.Name, err)
-		}
-		images[e.Exporter] = export.Written{Descriptor: desc, Blob: blob, Response: response}
 	}
 	return images, nil
+}
+
+// written reads the index, or the manifest, of an image from the worker that wrote it.
+func (l *leg) written(ctx context.Context, desc ocispecs.Descriptor, response map[string]string) (export.Written, error) {
+	blob, err := content.ReadBlob(ctx, proxy.NewContentStore(contentapi.NewContentClient(l.attempt.conn)), desc)
+	if err != nil {
+		return export.Written{}, fmt.Errorf("reading %s: %w", desc.Digest, err)
+	}
+	return export.Written{Descriptor: desc, Blob: blob, Response: response}, nil
 }
 
 // recorded lists, by exporter, the images in the worker's record of the attempt.

@@ -64,12 +64,15 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 	var err error
 	var exports *split.ExportPlan
 	exporters := split.Exporters(b.req)
-	if len(all) > 1 {
+	switch {
+	case len(all) > 1:
 		if exports, err = split.PlanExports(exporters, all); err != nil {
 			return err
 		}
+		b.prepareMerging(exports)
+	case b.farm.Publishing != nil:
+		exports = split.PlanSole(exporters, b.farm.Publishing)
 	}
-	b.prepareMerging(exports)
 	b.warnOfCaches(all)
 	legs, err := b.place(ctx, all, exporters, exports)
 	if err != nil {

@@ -185,6 +185,18 @@ func (p Policy) For(door Door, repository string) (Mode, []string) {
 	return mode, DefaultMutable
 }
 
+// Strictest is the strictest mode that any repository may have at a door.
+func (p Policy) Strictest(door Door) Mode {
+	order := []Mode{Off, Warn, Enforce}
+	mode, _ := Policy{Push: p.Push, Jobs: p.Jobs}.For(door, "")
+	strictest := slices.Index(order, mode)
+	for _, r := range p.Rules {
+		mode, _ := Policy{Rules: []Rule{{Repository: "**", Push: r.Push, Jobs: r.Jobs}}, Push: p.Push, Jobs: p.Jobs}.For(door, "")
+		strictest = max(strictest, slices.Index(order, mode))
+	}
+	return order[strictest]
+}
+
 func or(modes ...Mode) Mode {
 	return modes[slices.IndexFunc(modes, func(m Mode) bool { return m != "" })]
 }

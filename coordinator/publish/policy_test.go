@@ -201,3 +201,21 @@ func asRegexp(pattern string) *regexp.Regexp {
 	re := regexp.MustCompile("(?s)^" + out + "$")
 	return re
 }
+
+func TestPolicy_Strictest(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		policy Policy
+		want   Mode
+	}{
+		"by default":            {Policy{}, Warn},
+		"all off":               {Policy{Push: Off}, Off},
+		"one rule off":          {Policy{Rules: []Rule{{Repository: "a", Push: Off}}}, Warn},
+		"one rule strict":       {Policy{Push: Off, Rules: []Rule{{Repository: "a"}, {Repository: "b", Push: Enforce}}}, Enforce},
+		"a rule for jobs alone": {Policy{Push: Off, Rules: []Rule{{Repository: "a", Jobs: Enforce}}}, Off},
+	} {
+		if got := test.policy.Strictest(Endpoint); got != test.want {
+			t.Errorf("%s: %s, want %s", name, got, test.want)
+		}
+	}
+}

@@ -17,6 +17,7 @@ import (
 const (
 	attrTar           = "tar"
 	attrMode          = "mode"
+	attrName          = "name"
 	attrPlatformSplit = "platform-split"
 )
 
@@ -36,9 +37,12 @@ const (
 	KindTar
 	// KindTree is one tree of files, made of those of the legs.
 	KindTree
+	// KindPushed is pushed by the only leg, tags and all; then the farm is told.
+	KindPushed
 )
 
-// Export is one of the client's exporters, as far as several legs matter to it.
+// Export is one of the client's exporters, as far as several legs matter to it, or the
+// farm's part in an image's tags.
 type Export struct {
 	// Exporter is its place among the client's exporters: its id in sessions.
 	Exporter int
@@ -49,6 +53,10 @@ type Export struct {
 	Store bool
 	// Apart gives each platform of a KindTree a folder of its own.
 	Apart bool
+	// Sole: the only leg's image is the whole, of which nothing but its tags is missing.
+	Sole bool
+	// Naming: the build is answered with this image's name.
+	Naming bool
 
 	attrs map[string]string
 	image imageAttrs
@@ -62,7 +70,8 @@ func (e Export) Captured() bool {
 // Indexed tells whether the export has an index over the legs' images.
 func (e Export) Indexed() bool { return e.Kind == KindImage || e.Kind == KindArchive }
 
-// ExportPlan is how a build of several legs is exported.
+// ExportPlan is how a build of several legs is exported, or one whose only leg does not
+// do everything by itself.
 type ExportPlan struct {
 	exporters []*controlapi.Exporter
 	exports   []Export
@@ -190,7 +199,7 @@ func (p *ExportPlan) Leg(leg Leg) []*controlapi.Exporter {
 		attrs := maps.Clone(e.attrs)
 		for k := range attrs { // annotations of other platforms are other legs'
 			a, ok, err := exptypes.ParseAnnotationKey(k)
-			if ok && err == nil && a.Platform != nil && a.PlatformString() != platforms.FormatAll(leg.Platform) {
+			if ok && err == nil && !e.Sole && a.Platform != nil && a.PlatformString() != platforms.FormatAll(leg.Platform) {
 				delete(attrs, k)
 			}
 		}
