@@ -53,7 +53,7 @@ type Config struct {
 	// certificates are issued.
 	CACert, CAKey   string
 	TLSCert, TLSKey string
-	// HTTP is host:port of health and metrics; empty for none.
+	// HTTP is host:port of health, metrics and jobs; empty for none.
 	HTTP string
 	// Pprof adds Go's profiles to HTTP. They show what the process does, not what
 	// it builds, but slow it down: not for everybody.
@@ -92,7 +92,7 @@ type Config struct {
 	// AllowEmulation names the pools whose workers may emulate platforms that no worker
 	// runs natively.
 	AllowEmulation []string
-	// Store is where jobs, tags and secrets are kept: empty for a database in DataDir,
+	// Store is where jobs, tags, secrets and the history are kept: empty for a database in DataDir,
 	// or the URL of a PostgreSQL that several coordinators share.
 	Store string
 	// SecretsKeyFile encrypts the secrets in Store; empty: one in DataDir. Coordinators

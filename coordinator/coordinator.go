@@ -125,7 +125,7 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	if err := c.openAuthority(workers); err != nil {
 		return nil, err
 	}
-	if c.state, err = openState(ctx, cfg); err != nil {
+	if c.state, err = openState(ctx, cfg, metrics); err != nil {
 		return nil, errors.Join(err, c.authority.Close())
 	}
 	if c.history, c.traces, err = openHistory(ctx, cfg, c.state.store, workers); err != nil {

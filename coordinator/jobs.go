@@ -9,12 +9,12 @@ import (
 	"time"
 
 	"github.com/containerd/platforms"
+	"github.com/google/uuid"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/archfarm/archfarm/coordinator/access"
 	"github.com/archfarm/archfarm/coordinator/dispatch"
-	"github.com/archfarm/archfarm/coordinator/gitref"
 	"github.com/archfarm/archfarm/coordinator/job"
 	"github.com/archfarm/archfarm/coordinator/legbuild"
 	"github.com/archfarm/archfarm/coordinator/publish"
@@ -35,16 +35,20 @@ const (
 func (c *coordinator) openJobs() {
 	c.inside = access.NewInside()
 	c.publisher = publish.NewPublisher(publish.Config{
-		Ledger: c.state.store, Policy: c.cfg.Policy, Owner: c.cfg.Name, Lease: c.cfg.JobLease, Log: c.log, Metrics: c.metrics,
+		Ledger: c.state.store, Policy: c.cfg.Policy, Owner: process(c.cfg.Name), Lease: c.cfg.JobLease, Log: c.log, Metrics: c.metrics,
 	})
 	c.jobs = job.New(job.Options{
-		Store: c.state.store, Publisher: c.publisher, Contexts: c.state.contexts, Key: c.state.key, Resolve: gitref.Resolve, Owner: c.cfg.Name,
+		Store: c.state.store, Publisher: c.publisher, Contexts: c.state.contexts, Key: c.state.key, Resolve: c.state.resolve, Owner: c.cfg.Name,
 		Builder: legbuild.New(legbuild.Options{Dial: c.inside.Dial, DialOptions: access.DialOptions(), Workers: c.workerOf, Log: c.log}),
 		Runs:    c.runs, WorkerWait: c.cfg.JobWorkerWait,
 		MaxJobs: c.cfg.MaxJobs, Lease: c.cfg.JobLease, Timeout: c.cfg.JobTimeout, MaxAttempts: c.cfg.JobAttempts, Retention: c.cfg.JobRetention,
 		Log: c.log, Metrics: c.metrics,
 	})
 }
+
+// process names this process in leases, which no two may have together, even if two
+// coordinators of one store have one name.
+func process(name string) string { return name + "/" + uuid.NewString() }
 
 // workerOf names the worker that runs the one leg of a build; empty: none yet.
 func (c *coordinator) workerOf(ref string) string {
@@ -74,6 +78,7 @@ func (c *coordinator) work(ctx context.Context) {
 	parts.Go(func() error { c.jobs.Run(ctx); return nil })
 	parts.Go(func() error { c.publisher.Run(ctx, recovery); return nil })
 	parts.Go(func() error { c.sweep(ctx); return nil })
+	parts.Go(func() error { c.state.watch(ctx); return nil })
 	_ = parts.Wait()
 }
 

@@ -34,6 +34,10 @@ func (c *coordinator) web(ctx context.Context, calls grpc.ClientConnInterface, b
 			http.Error(w, "draining", http.StatusServiceUnavailable)
 			return
 		}
+		if silent := c.state.silent(); silent > 0 { // why is in the log: this is for everybody
+			http.Error(w, fmt.Sprintf("the store has not answered for %s", silent), http.StatusServiceUnavailable)
+			return
+		}
 		_, _ = io.WriteString(w, "ok\n")
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(c.metrics, promhttp.HandlerOpts{}))

@@ -18,13 +18,16 @@ func newBackup() *cobra.Command {
 		Use:   "backup --data-dir DIR FILE",
 		Short: "Copy a coordinator's database while it runs",
 		Long: `Copy the SQLite database in a coordinator's data folder, as of one moment, to a new
-file: jobs with their events, the ledger of tags, stored secrets. The may be running. The file is written as a whole or not at all, and can be read by its
-owner only.
+file: jobs with their events, the ledger of tags, stored secrets, the build history. The
+coordinator may be running. The file is written as a whole or not at all, and can be read
+by its owner only.
 
-Not in it are contexts that have been uploaded (DIR/blobs), which clients send again; and
-the keys. Secrets in the copy are encrypted under DIR/secrets.key, without which they are
-lost: keep that file, and the farm's CA, once, somewhere else. A PostgreSQL store is
-backed up by PostgreSQL's own means (pg_dump).
+The copy is of that file alone. Keep besides, once: DIR/secrets.key, under which the
+secrets in the copy are encrypted, apart from it; DIR/ca, without which all workers and
+clients must join anew; and, copied while the coordinator is stopped, DIR/authority.db,
+the tokens and revocations. Contexts that have been uploaded (DIR/blobs) are not needed:
+clients send them again. A PostgreSQL store is backed up by PostgreSQL's own means
+(pg_dump).
 
 To restore: stop the coordinator, put the copy in the place of DIR/` + coordinator.StoreFile + `, remove
 DIR/` + coordinator.StoreFile + `-wal and -shm, and start it again.`,
@@ -37,7 +40,7 @@ DIR/` + coordinator.StoreFile + `-wal and -shm, and start it again.`,
 		},
 	}
 	cmd.Flags().String("data-dir", defaultDataDir(), "the coordinator's data folder")
-	cmd.Flags().StringP("output", "o", "table", "table or json")
+	outputFlag(cmd.Flags())
 	return cmd
 }
 

@@ -33,6 +33,9 @@ func TestBackup_WhileTheDatabaseIsInUse(t *testing.T) {
 	if sealed, err := again.Secret(t.Context(), "acme", "npm"); err != nil || string(sealed) != "sealed" {
 		t.Errorf("in the copy: %q, %v", sealed, err)
 	}
+	if help := run(t, "backup", "--help"); !strings.Contains(help, "The\ncoordinator may be running") || !strings.Contains(help, "secrets.key") || !strings.Contains(help, "authority.db") {
+		t.Errorf("its help does not say what belongs to a backup:\n%s", help)
+	}
 	for what, args := range map[string][]string{"a file that is there": {dir, copied}, "a folder without a database": {t.TempDir(), copied + "2"}} {
 		if got := try(t, "", "backup", "--data-dir", args[0], args[1]); exitCode(got.err) != exitUsage {
 			t.Errorf("%s: %v", what, got.err)

@@ -83,6 +83,7 @@ func buildFlags(flags *pflag.FlagSet) {
 	flags.BoolP("quiet", "q", false, "show no progress, and print the image's digest")
 	flags.String("metadata-file", "", "file for what is known of the result, as JSON")
 	flags.String("iidfile", "", "file for the image's digest")
+	markOwnLines(flags, "build-arg", "build-context", "label", "annotation", "secret", "ssh", "output", "cache-from", "cache-to")
 }
 
 // build runs the build, shown as mode says, and keeps what is known of its result.

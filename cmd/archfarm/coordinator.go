@@ -24,7 +24,11 @@ on the workers that have joined; SIGTERM lets running builds end and takes no ne
 ones, a second SIGTERM stops at once.`,
 		Example: `  archfarm coordinator --data-dir /var/lib/archfarm
   archfarm coordinator --listen 10.0.0.5:8372 --listen unix:///run/archfarm.sock \
-      --http 10.0.0.5:8373 --gossip 10.0.0.5:7946 --data-dir /var/lib/archfarm`,
+      --http 10.0.0.5:8373 --gossip 10.0.0.5:7946 --data-dir /var/lib/archfarm
+  archfarm coordinator --data-dir /var/lib/archfarm --push-policy enforce \
+      --tag-policy "repository=registry.example.com/app/**,mutable=latest;main;@semver" --tag-policy "repository=registry.example.com/scratch/*,push=off,jobs=off"
+  PGPASSFILE=/etc/archfarm/pgpass archfarm coordinator --name farm-2 --data-dir /var/lib/archfarm \
+      --store "postgres://archfarm@db.example.com/archfarm?sslmode=verify-full" --secrets-key-file /etc/archfarm/secrets.key`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := coordinatorConfig(cmd, stop)
@@ -43,7 +47,7 @@ ones, a second SIGTERM stops at once.`,
 func coordinatorFlags(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArray("listen", []string{coordinator.DefaultListen}, "where clients and workers connect: host:port, tcp://host:port or unix:///path; may repeat")
-	flags.String("http", coordinator.DefaultHTTP, "where health and metrics are served; empty for nowhere")
+	flags.String("http", coordinator.DefaultHTTP, "where health, metrics and jobs (JSON over HTTP) are served; empty for nowhere")
 	flags.Bool("pprof", false, "serve Go's profiles on --http, under /debug/pprof/")
 	flags.String("gossip", coordinator.DefaultGossip, "host:port, TCP and UDP, by which workers find this coordinator; empty for none")
 	flags.String("advertise", "", "host:port that workers and clients are told to dial (default: the first TCP address of --listen; for 0.0.0.0, this host by its name and addresses)")
@@ -59,9 +63,10 @@ func coordinatorFlags(cmd *cobra.Command) {
 }
 
 func jobFlags(flags *pflag.FlagSet) {
-	flags.String("store", "", "where jobs, tags and secrets are kept: a postgres:// URL that several coordinators share (default: a database in --data-dir); a password is better in "+envName("store")+" or PGPASSFILE")
+	flags.String("store", "", "where jobs, tags, secrets and the build history are kept: a postgres:// URL that several coordinators share (default: a database in --data-dir); a password is better in "+envName("store")+" or PGPASSFILE")
 	flags.String("secrets-key-file", "", "key that encrypts jobs' secrets in --store, the same for all coordinators that share it (default: one that is made in --data-dir)")
 	flags.StringArray("tag-policy", nil, `which tags of some repositories may move: "repository=registry.example.com/app/**,push=enforce,mutable=latest;main;@semver"; may repeat, the first that fits counts`)
+	markOwnLines(flags, "tag-policy")
 	flags.String("push-policy", string(publish.Warn), "off, warn or enforce immutable tags for docker buildx build --push, where no --tag-policy says another")
 	flags.Int("max-jobs", coordinator.DefaultMaxJobs, "how many jobs run or wait for a worker at a time; the others stay in the queue")
 	flags.Duration("job-timeout", coordinator.DefaultJobTimeout, "how long a job may run that does not say itself")

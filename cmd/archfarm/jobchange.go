@@ -17,7 +17,7 @@ func newCancel() *cobra.Command {
 		Short: "End a job that has not been published yet",
 		Long: `Cancel a job: what runs is ended, and no tag moves. One that has ended is left as it
 is; one whose tags are being pushed is not cancelled any more.`,
-		Example:           `  archfarm cancel 01k0x3v0zl2kq5n8m7d1`,
+		Example:           `  archfarm cancel 01a20ae6-d469-7d03-9fcf-659b63e32bea`,
 		Args:              oneArg("the job's id, as archfarm jobs shows it"),
 		ValidArgsFunction: completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -37,8 +37,8 @@ func newRetry() *cobra.Command {
 		Short: "Put a job that has ended back into the queue",
 		Long: `Retry a job. Its legs that succeeded keep what they have built, unless their platform
 is named with --platform.`,
-		Example: `  archfarm retry 01k0x3v0zl2kq5n8m7d1
-  archfarm retry 01k0x3 --platform linux/arm64 && archfarm watch 01k0x3`,
+		Example: `  archfarm retry 01a20ae6-d469-7d03-9fcf-659b63e32bea
+  archfarm retry 01a20ae6-d469 --platform linux/arm64 && archfarm watch 01a20ae6-d469`,
 		Args:              oneArg("the job's id, as archfarm jobs shows it"),
 		ValidArgsFunction: completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {

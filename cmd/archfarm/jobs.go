@@ -63,13 +63,8 @@ sees those of its tenant.`,
 	flags.Int("limit", defaultJobs, "how many at most; 0 for all")
 	outputFlag(flags)
 	farmFlags(flags)
-	completeStates(cmd)
-	return cmd
-}
-
-func completeStates(cmd *cobra.Command) {
 	_ = cmd.RegisterFlagCompletionFunc("state", cobra.FixedCompletions(jobStates(), cobra.ShellCompDirectiveNoFileComp)) // fails only for flags that are none
-	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
 }
 
 func jobsRequest(cmd *cobra.Command, now time.Time) (*archfarmv1.ListRequest, int, error) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -121,7 +122,7 @@ func (f *jobFarm) PutSecret(_ context.Context, req *archfarmv1.PutSecretRequest)
 
 func (f *jobFarm) ListSecrets(context.Context, *archfarmv1.ListSecretsRequest) (*archfarmv1.ListSecretsResponse, error) {
 	var out []*archfarmv1.SecretInfo
-	for name := range f.secrets {
+	for _, name := range slices.Sorted(maps.Keys(f.secrets)) {
 		out = append(out, &archfarmv1.SecretInfo{Name: name, UpdateTime: timestamppb.New(since)})
 	}
 	return &archfarmv1.ListSecretsResponse{Secrets: out}, nil
@@ -373,7 +374,15 @@ func TestSecret_ComesFromWhereNobodySeesIt(t *testing.T) {
 			t.Errorf("%s is taken", what)
 		}
 	}
-	run(t, "secret", "delete", "a", "--farm", farm)
+	if got := run(t, "__completeNoDesc", "secret", "delete", "--farm", farm, ""); !strings.HasPrefix(got, "a\nb\n:4\n") {
+		t.Errorf("completed to %q", got)
+	}
+	if got := run(t, "secret", "delete", "a", "--output", "json", "--farm", farm); !strings.Contains(got, `"name": "a"`) {
+		t.Errorf("deleted: %s", got)
+	}
+	if got := try(t, "hunter2", "secret", "create", "b", "--output", "json", "--farm", farm); got.err != nil || !strings.Contains(got.stdout, `"name": "b"`) || strings.Contains(got.stdout, "hunter2") {
+		t.Errorf("created: %v", got)
+	}
 	if got := run(t, "secret", "list", "--output", "json", "--farm", farm); !strings.Contains(got, `"name": "b"`) || strings.Contains(got, "file") {
 		t.Errorf("listed: %s", got)
 	}

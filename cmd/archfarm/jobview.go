@@ -22,7 +22,7 @@ func newJob() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "job",
 		Short:   "Show one job",
-		Example: `  archfarm job show 01k0x3v0zl2kq5n8m7d1`,
+		Example: `  archfarm job show 01a20ae6-d469-7d03-9fcf-659b63e32bea`,
 		Args:    cobra.ArbitraryArgs, // RunE tells what it does not know
 	}
 	cmd.RunE = group(cmd)
@@ -37,8 +37,8 @@ func newJobShow() *cobra.Command {
 		Short:   "Show one job: its state, its legs and their attempts",
 		Long: `Show a job. It is named by its id, or by the beginning of it that no other job has.
 The exit code is 0 whatever the job's state is.`,
-		Example: `  archfarm job show 01k0x3v0zl2kq5n8m7d1
-  archfarm job show 01k0x3 --output json | jq .digest`,
+		Example: `  archfarm job show 01a20ae6-d469-7d03-9fcf-659b63e32bea
+  archfarm job show 01a20ae6-d469 --output json | jq .digest`,
 		Args:              oneArg("the job's id, as archfarm jobs shows it"),
 		ValidArgsFunction: completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {

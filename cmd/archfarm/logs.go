@@ -24,9 +24,9 @@ func newLogs() *cobra.Command {
 		Long: `Print what the steps of a job have written, in the order in which it came, under the
 steps' names. With --output json it is one object a line: {"seq", "time", "platform",
 "attempt", "step", "stream", "text"}.`,
-		Example: `  archfarm logs 01k0x3v0zl2kq5n8m7d1
-  archfarm logs 01k0x3 --platform linux/arm64 --follow
-  archfarm logs 01k0x3 --output json | jq 'select(.stream == "stderr") | .text'`,
+		Example: `  archfarm logs 01a20ae6-d469-7d03-9fcf-659b63e32bea
+  archfarm logs 01a20ae6-d469 --platform linux/arm64 --follow
+  archfarm logs 01a20ae6-d469 --output json | jq 'select(.stream == "stderr") | .text'`,
 		Args:              oneArg("the job's id, as archfarm jobs shows it"),
 		ValidArgsFunction: completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -103,7 +103,9 @@ results become one image index.
 
 Every flag can also be given as an environment variable (--data-dir as
 ARCHFARM_DATA_DIR) or in a YAML file named by --config (data-dir: /var/lib/archfarm).
-The command line wins over the environment, and that over the file.`,
+The command line wins over the environment, and that over the file. The values of a list
+are separated by commas in the environment; those that have commas of their own, as
+ARCHFARM_SECRET and ARCHFARM_TAG_POLICY, stand on a line each.`,
 		Example: `  archfarm up                                     # try it: all on this machine
   docker buildx create --name farm --driver remote tcp://127.0.0.1:8372
   docker buildx build --builder farm --platform linux/amd64,linux/arm64 --push -t registry/app .`,
@@ -134,5 +136,6 @@ The command line wins over the environment, and that over the file.`,
 	})
 	root.AddCommand(newCoordinator(stop), newWorker(stop), newUp(stop), newWorkers(), newDrain(), newCordon(), newUncordon(), newQueue(), newExplain(), newToken(), newGossipKey(), newClient(), newClientCert(),
 		newSubmit(), newJobs(), newJob(), newWatch(), newLogs(), newCancel(), newRetry(), newBuild(), newTags(), newSecret(), newBackup())
+	completeAll(root)
 	return root
 }

@@ -8,10 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"go.uber.org/goleak"
 )
 
@@ -140,6 +142,51 @@ func TestCompletion_OfEveryShell(t *testing.T) {
 	root.SetArgs([]string{cobra.ShellCompNoDescRequestCmd, "worker", "--slo"})
 	if err := root.ExecuteContext(t.Context()); err != nil || !strings.Contains(out.String(), "--slots") {
 		t.Errorf("of --slo: %v, %q", err, out.String())
+	}
+}
+
+// A shell offers what makes sense, and names of files only where paths do.
+func TestCompletion_OfFlagsAndArguments(t *testing.T) {
+	t.Parallel()
+	const none, files, folders = ":4\n", ":0\n", ":16\n"
+	for line, want := range map[string]string{
+		"jobs --state ":              strings.Join(jobStates(), "\n") + "\n" + none,
+		"jobs --output ":             "table\njson\n" + none,
+		"jobs --repo ":               none,
+		"jobs ":                      none,
+		"submit --output ":           "table\njson\n" + none,
+		"submit --progress ":         strings.Join(progressModes, "\n") + "\n" + none,
+		"submit --tag ":              none,
+		"submit --file ":             files,
+		"submit --cert-dir ":         folders,
+		"submit --log-level ":        "debug\ninfo\nwarn\nerror\n" + none,
+		"submit ":                    none,
+		"tags ":                      none,
+		"secret create --output ":    "table\njson\n" + none,
+		"secret create --from-file ": files,
+		"secret create ":             none,
+		"backup ":                    files,
+		"backup --data-dir ":         folders,
+		"build ":                     files,
+		"build --output ":            files,
+		"coordinator --push-policy ": "off\nwarn\nenforce\n" + none,
+		"coordinator --store ":       none,
+		"workers --output ":          "table\nwide\njson\n" + none,
+	} {
+		words := append([]string{cobra.ShellCompNoDescRequestCmd}, strings.Split(line, " ")...)
+		if got := run(t, words...); !strings.HasPrefix(got, want) {
+			t.Errorf("%q is completed to %q, want %q", line, got, want)
+		}
+	}
+	// Whoever adds a flag that takes a path, names it in completion.go.
+	for _, cmd := range commands() {
+		cmd.LocalFlags().VisitAll(func(f *pflag.Flag) {
+			kind, _ := pflag.UnquoteUsage(f)
+			path := strings.HasPrefix(f.Usage, "file ") || strings.HasPrefix(f.Usage, "folder ")
+			if kind == "string" && path && !slices.Contains(fileFlags, f.Name) && !slices.Contains(folderFlags, f.Name) {
+				t.Errorf("%s --%s takes a path, which a shell does not complete", cmd.CommandPath(), f.Name)
+			}
+		})
 	}
 }
 

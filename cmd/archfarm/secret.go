@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"text/tabwriter"
 	"time"
 
@@ -26,7 +27,7 @@ func newSecret() *cobra.Command {
 		Args: cobra.ArbitraryArgs, // RunE tells what it does not know
 	}
 	cmd.RunE = group(cmd)
-	cmd.AddCommand(newSecretCreate(), newSecretList(), newSecretDelete())
+	cmd.AddCommand(newSecretCreate(), newSecretList(), newSecretDelete(), newSecretForget())
 	return cmd
 }
 
@@ -45,13 +46,14 @@ command shows it again.`,
 			if err != nil {
 				return err
 			}
-			return withSecrets(cmd, "storing the secret "+args[0], func(ctx context.Context, secrets archfarmv1.SecretServiceClient) error {
+			return changeSecret(cmd, "storing the secret ", args[0], func(ctx context.Context, secrets archfarmv1.SecretServiceClient) error {
 				_, err := secrets.PutSecret(ctx, &archfarmv1.PutSecretRequest{Name: args[0], Value: value})
 				return err
 			})
 		},
 	}
 	cmd.Flags().String("from-file", "", "file that holds the value (default: standard input)")
+	outputFlag(cmd.Flags())
 	farmFlags(cmd.Flags())
 	return cmd
 }
@@ -124,19 +126,55 @@ func printSecrets(out io.Writer, output string, secrets []*archfarmv1.SecretInfo
 
 func newSecretDelete() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "delete NAME",
-		Short:   "Remove a secret; jobs that name it fail from then on",
-		Example: `  archfarm secret delete npm`,
-		Args:    oneArg("the secret's name, as archfarm secret list shows it"),
+		Use:               "delete NAME",
+		Short:             "Remove a secret; jobs that name it fail from then on",
+		Example:           `  archfarm secret delete npm`,
+		Args:              oneArg("the secret's name, as archfarm secret list shows it"),
+		ValidArgsFunction: completeSecrets,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return withSecrets(cmd, "deleting the secret "+args[0], func(ctx context.Context, secrets archfarmv1.SecretServiceClient) error {
+			return changeSecret(cmd, "deleting the secret ", args[0], func(ctx context.Context, secrets archfarmv1.SecretServiceClient) error {
 				_, err := secrets.DeleteSecret(ctx, &archfarmv1.DeleteSecretRequest{Name: args[0]})
 				return err
 			})
 		},
 	}
+	outputFlag(cmd.Flags())
 	farmFlags(cmd.Flags())
 	return cmd
+}
+
+// changeSecret does something to a secret; as a table it has nothing to tell.
+func changeSecret(cmd *cobra.Command, what, name string, change func(context.Context, archfarmv1.SecretServiceClient) error) error {
+	output, err := outputOf(cmd)
+	if err == nil {
+		err = withSecrets(cmd, what+name, change)
+	}
+	if err == nil && output == "json" {
+		err = printJSON(cmd.OutOrStdout(), secretJSON{Name: name})
+	}
+	return err
+}
+
+// completeSecrets offers the names of secrets to a shell: only one is taken.
+func completeSecrets(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	if err := applySources(cmd, os.LookupEnv); err != nil { // a completion does not run what runs before commands
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var out []cobra.Completion
+	err := withSecrets(cmd, "completing", func(ctx context.Context, secrets archfarmv1.SecretServiceClient) error {
+		answer, err := secrets.ListSecrets(ctx, &archfarmv1.ListSecretsRequest{})
+		for _, s := range answer.GetSecrets() {
+			out = append(out, printable(s.GetName()))
+		}
+		return err
+	})
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp
 }
 
 // withSecrets calls f with the farm's secrets, and words its error.

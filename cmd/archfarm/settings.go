@@ -32,6 +32,16 @@ const (
 // in the environment too.
 var notSettings = []string{"config", "help", "version"}
 
+// ownLines marks flags whose values may have commas of their own: in the environment
+// each of them is a line.
+const ownLines = "archfarm_own_lines"
+
+func markOwnLines(flags *pflag.FlagSet, names ...string) {
+	for _, name := range names {
+		_ = flags.SetAnnotation(name, ownLines, []string{"true"}) // fails only for flags that are none
+	}
+}
+
 // applySources fills every flag that the command line did not set from the
 // environment, or else from the configuration file.
 func applySources(cmd *cobra.Command, lookup func(string) (string, bool)) error {
@@ -79,13 +89,18 @@ func knownFlag(cmd *cobra.Command, name string) *pflag.Flag {
 	return nil
 }
 
-// fromEnv reads a variable: a list's values are separated by commas.
+// fromEnv reads a variable: a list's values are separated by commas or ends of lines,
+// those that may have commas by ends of lines only.
 func fromEnv(f *pflag.Flag, v string) []string {
 	if _, list := f.Value.(pflag.SliceValue); !list {
 		return []string{v}
 	}
+	separators := ",\n"
+	if f.Annotations[ownLines] != nil {
+		separators = "\n"
+	}
 	values := []string{}
-	for item := range strings.SplitSeq(v, ",") {
+	for item := range strings.FieldsFuncSeq(v, func(r rune) bool { return strings.ContainsRune(separators, r) }) {
 		if item = strings.TrimSpace(item); item != "" {
 			values = append(values, item)
 		}

@@ -122,6 +122,38 @@ func TestSettings_Lists(t *testing.T) {
 	}
 }
 
+func TestSettings_ListsWhoseValuesHaveCommasStandOnLines(t *testing.T) {
+	t.Parallel()
+	policy := "repository=r.example/team/**,push=enforce,mutable=latest;@semver"
+	for name, value := range map[string]string{"one": policy, "two": policy + "\n repository=r.example/**,push=off \n\n"} {
+		cfg := settings{args: []string{"--data-dir", "x"}, env: map[string]string{"ARCHFARM_TAG_POLICY": value}}.coordinator(t)
+		if want := map[string]int{"one": 1, "two": 2}[name]; len(cfg.Policy.Rules) != want {
+			t.Errorf("%s: %d rules: %+v", name, len(cfg.Policy.Rules), cfg.Policy.Rules)
+		}
+	}
+	for command, flags := range map[string][]string{
+		"submit": {"secret", "build-arg", "label", "annotation", "cache-from", "cache-to", "metadata"},
+		"build":  {"secret", "build-arg", "label", "annotation", "cache-from", "cache-to", "build-context", "ssh", "output"},
+	} {
+		for _, flag := range flags {
+			cmd, err := settings{env: map[string]string{envName(flag): "id=a,src=b c\nid=d,e"}}.apply(t, command)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := cmd.Flags().GetStringArray(flag); err != nil || !slices.Equal(got, []string{"id=a,src=b c", "id=d,e"}) {
+				t.Errorf("%s --%s: %q, %v", command, flag, got, err)
+			}
+		}
+	}
+	cmd, err := settings{env: map[string]string{"ARCHFARM_LABEL": "zone=a,rack=b\nsite=c", "ARCHFARM_PLATFORM": "linux/arm64"}}.apply(t, "worker")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := cmd.Flags().GetStringArray("label"); err != nil || !slices.Equal(got, []string{"zone=a", "rack=b", "site=c"}) {
+		t.Errorf("a worker's labels: %q, %v", got, err)
+	}
+}
+
 func TestSettings_OfEveryType(t *testing.T) {
 	t.Parallel()
 	cfg := settings{file: "data-dir: x\npprof: true\ndrain-timeout: 90s\nlisten: [unix:///run/a.sock, 127.0.0.1:1]\nslots: 3\n"}.coordinator(t) // slots are a worker's: one file may serve both

@@ -48,7 +48,7 @@ and the job goes on; 4 the job was cancelled.`,
 	specFlags(cmd.Flags())
 	flags := cmd.Flags()
 	flags.StringP("spec", "f", "", "YAML file with the job, - for standard input (the Dockerfile is --file)")
-	flags.String("request-id", "", "makes submitting idempotent: the same id is the same job, however often it is submitted")
+	flags.String("request-id", "", "makes submitting idempotent, as a pipeline's run does that is started again: the same id is the same job, however often it is submitted")
 	flags.Bool("no-credentials", false, "send no registry credentials of Docker's configuration")
 	flags.StringArray("credential", nil, "send the credentials for this registry too, as for base images; may repeat")
 	flags.Bool("wait", false, "show the job's progress until it has ended")
@@ -67,7 +67,7 @@ func specFlags(flags *pflag.FlagSet) {
 	flags.String("file", "", "the Dockerfile (default: Dockerfile in the context)")
 	flags.String("target", "", "the stage to build (default: the last one)")
 	flags.StringSlice("platform", nil, "platforms to build for, as linux/amd64,linux/arm64; may repeat")
-	flags.StringArray("tag", nil, "what to publish, as registry.example.com/app:{{.GitSHA}}; may repeat")
+	flags.StringArray("tag", nil, "what to publish, as registry.example.com/app:{{.GitSHA}}; may repeat. Building a commit again makes another digest, which an immutable tag refuses: use --request-id")
 	flags.StringArray("build-arg", nil, "KEY=VALUE, or KEY for the environment's value; may repeat")
 	flags.StringArray("label", nil, "label of the images, as KEY=VALUE; may repeat")
 	flags.StringArray("annotation", nil, "annotation of the image index, as KEY=VALUE; may repeat")
@@ -84,6 +84,7 @@ func specFlags(flags *pflag.FlagSet) {
 	flags.Bool("overwrite-newer", false, "let an older commit replace a newer one behind a mutable tag")
 	flags.Bool("registry-insecure", false, "allow plain HTTP and unknown certificates to the registries of the tags")
 	flags.StringArray("metadata", nil, "KEY=VALUE that the job is listed with, as the pipeline's URL; may repeat")
+	markOwnLines(flags, "build-arg", "label", "annotation", "secret", "cache-from", "cache-to", "metadata")
 }
 
 // attestFlag is a flag that means true when it stands alone.
@@ -245,6 +246,9 @@ func check(req *archfarmv1.SubmitRequest, local string) error {
 		return refusal(spec.Validate(req))
 	}
 	whole := &archfarmv1.SubmitRequest{RequestId: req.GetRequestId(), Spec: withContext(req.GetSpec()), Secrets: req.GetSecrets()}
+	if isFolder(local) { // its path is this machine's, which packing looks at
+		whole.Spec.Dockerfile = ""
+	}
 	_, tags := spec.Tags(whole.GetSpec(), whole.GetSpec().GetContext().GetSource(), time.Now())
 	return refusal(spec.Validate(whole), tags)
 }

@@ -221,8 +221,10 @@ func newTokenDelete() *cobra.Command {
 	return cmd
 }
 
+const tableOrJSON = "table or json"
+
 func outputFlag(flags *pflag.FlagSet) {
-	flags.StringP("output", "o", "table", "table or json")
+	flags.StringP("output", "o", "table", tableOrJSON)
 }
 
 // outputOf is what --output says.

@@ -52,9 +52,9 @@ through restarts of the coordinator. Interrupting this command does not end the 
 Exit codes: 0 the job has succeeded; 1 it has failed, or cannot be watched; 2 the
 command line makes no sense; 3 --timeout has passed, and the job goes on; 4 the job
 was cancelled.`,
-		Example: `  archfarm watch 01k0x3v0zl2kq5n8m7d1
-  archfarm watch 01k0x3 --progress plain --timeout 30m
-  archfarm watch 01k0x3 --progress quiet --output json | jq .digest`,
+		Example: `  archfarm watch 01a20ae6-d469-7d03-9fcf-659b63e32bea
+  archfarm watch 01a20ae6-d469 --progress plain --timeout 30m
+  archfarm watch 01a20ae6-d469 --progress quiet --output json | jq .digest`,
 		Args:              oneArg("the job's id, as archfarm jobs shows it"),
 		ValidArgsFunction: completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -56,7 +56,7 @@ type cli struct {
 	ready  bool
 }
 
-func newCLI(remote, ref string, auth Auth) (*cli, error) {
+func newCLI(base, remote, ref string, auth Auth) (*cli, error) {
 	sh, err := exec.LookPath("sh")
 	git, gitErr := exec.LookPath("git")
 	if err = cmp.Or(err, gitErr); err != nil {
@@ -66,7 +66,7 @@ func newCLI(remote, ref string, auth Auth) (*cli, error) {
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, "the URL is malformed")
 	}
-	dir, err := os.MkdirTemp("", "archfarm-git-")
+	dir, err := os.MkdirTemp(base, "archfarm-git-")
 	if err != nil {
 		return nil, status.Errorf(codes.Internal, "making a folder for git: %v", err)
 	}

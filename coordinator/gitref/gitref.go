@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -43,6 +44,23 @@ var places = make(chan struct{}, atOnce)
 // an untrusted certificate), ResourceExhausted (too large to look at). None of
 // them holds credentials.
 func Resolve(ctx context.Context, git *archfarmv1.GitContext, auth Auth) (*archfarmv1.Source, error) {
+	return resolveIn(ctx, "", git, auth)
+}
+
+// In returns a Resolve whose git works in a folder of its own, which is nobody else's:
+// what a process that was killed has left there is removed.
+func In(dir string) (func(context.Context, *archfarmv1.GitContext, Auth) (*archfarmv1.Source, error), error) {
+	_ = os.RemoveAll(dir) // a git that has outlived its coordinator may still write: the rest goes at the next start
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("making the folder for git: %w", err)
+	}
+	return func(ctx context.Context, git *archfarmv1.GitContext, auth Auth) (*archfarmv1.Source, error) {
+		return resolveIn(ctx, dir, git, auth)
+	}, nil
+}
+
+// resolveIn is Resolve with its files in a folder; empty: that for temporary files.
+func resolveIn(ctx context.Context, dir string, git *archfarmv1.GitContext, auth Auth) (*archfarmv1.Source, error) {
 	if err := CheckURL(git.GetUrl()); err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "resolving the git context: url: %v", err)
 	}
@@ -57,7 +75,7 @@ func Resolve(ctx context.Context, git *archfarmv1.GitContext, auth Auth) (*archf
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	source, err := resolve(limited, git, auth)
+	source, err := resolve(limited, dir, git, auth)
 	switch {
 	case err == nil:
 		return source, nil
@@ -70,8 +88,8 @@ func Resolve(ctx context.Context, git *archfarmv1.GitContext, auth Auth) (*archf
 	return nil, status.Errorf(st.Code(), "resolving the git context %s: %s", git.GetUrl(), st.Message())
 }
 
-func resolve(ctx context.Context, git *archfarmv1.GitContext, auth Auth) (*archfarmv1.Source, error) {
-	cli, err := newCLI(git.GetUrl(), git.GetRef(), auth)
+func resolve(ctx context.Context, dir string, git *archfarmv1.GitContext, auth Auth) (*archfarmv1.Source, error) {
+	cli, err := newCLI(dir, git.GetUrl(), git.GetRef(), auth)
 	if err != nil {
 		return nil, err
 	}

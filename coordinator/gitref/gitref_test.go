@@ -280,7 +280,7 @@ func TestList_EndlessAnswersEnd(t *testing.T) {
 			}
 		}
 	}))
-	c, err := newCLI(url+"/app.git", "", Auth{})
+	c, err := newCLI("", url+"/app.git", "", Auth{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,7 +294,7 @@ func TestList_EndlessAnswersEnd(t *testing.T) {
 // TestRun_OutputIsBounded: what git holds in its memory it may write yet.
 func TestRun_OutputIsBounded(t *testing.T) {
 	t.Parallel()
-	c, err := newCLI("https://example.com/app.git", "", Auth{})
+	c, err := newCLI("", "https://example.com/app.git", "", Auth{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,7 +322,7 @@ func TestCommit_LargeOnesEnd(t *testing.T) {
 	url := serve(t, backend(t, root)) + "/app.git"
 	for filter, want := range map[string]error{"false": errTooLarge, "true": nil} {
 		gitIn(t, r.dir, "", "config", "uploadpack.allowFilter", filter)
-		c, err := newCLI(url, "", Auth{})
+		c, err := newCLI("", url, "", Auth{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -369,5 +369,43 @@ func TestResolve_UsesNobodysConfiguration(t *testing.T) {
 	got, err := Resolve(t.Context(), &archfarmv1.GitContext{Url: url, Ref: "main"}, Auth{})
 	if err != nil || got.GetCommit() != r.third || header.Load() != "" {
 		t.Errorf("%v, %v, X-Mine: %v", got, err, header.Load())
+	}
+}
+
+func TestIn_WorksInItsFolderAndSweepsIt(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "git")
+	left := filepath.Join(dir, "archfarm-git-1", "git")
+	if err := os.MkdirAll(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	resolve, err := In(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries := func() int {
+		found, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(found)
+	}
+	if n := entries(); n != 0 {
+		t.Errorf("%d folders are left of a process that was killed", n)
+	}
+	root := t.TempDir()
+	r := newRepository(t, root)
+	var during atomic.Int64
+	inner := backend(t, root)
+	url := serve(t, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		during.Store(int64(entries()))
+		inner.ServeHTTP(w, req)
+	})) + "/app.git"
+	got, err := resolve(t.Context(), &archfarmv1.GitContext{Url: url, Ref: "main"}, Auth{})
+	if err != nil || got.GetCommit() != r.third {
+		t.Errorf("%v, %v", got, err)
+	}
+	if during.Load() != 1 || entries() != 0 {
+		t.Errorf("%d folders while git works, %d afterwards", during.Load(), entries())
 	}
 }

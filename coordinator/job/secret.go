@@ -33,9 +33,11 @@ func sealed(key Key, tenant, job string, req *archfarmv1.SubmitRequest) ([]byte,
 	return key.Seal(plain, jobSeal(tenant, job))
 }
 
-// jobSeal and secretSeal are what sealed things belong to.
-func jobSeal(tenant, job string) []byte     { return seal.Context("job", tenant, job) }
-func secretSeal(tenant, name string) []byte { return seal.Context("secret", tenant, name) }
+// jobSeal is what a job's sealed things belong to.
+func jobSeal(tenant, job string) []byte { return seal.Context("job", tenant, job) }
+
+// SecretSeal is what a stored secret, which is sealed, belongs to.
+func SecretSeal(tenant, name string) []byte { return seal.Context("secret", tenant, name) }
 
 // unsealed are a job's own secrets and the stored ones that it names.
 func unsealed(ctx context.Context, key Key, secrets store.Secrets, j store.Job, spec *archfarmv1.JobSpec) (c confidential, err error) {
@@ -77,7 +79,7 @@ func stocked(ctx context.Context, key Key, secrets store.Secrets, tenant string,
 		if err != nil {
 			return nil, fmt.Errorf("secret %q: %w", ref.GetName(), err)
 		}
-		if out[ref.GetId()], err = key.Unseal(raw, secretSeal(tenant, ref.GetName())); err != nil {
+		if out[ref.GetId()], err = key.Unseal(raw, SecretSeal(tenant, ref.GetName())); err != nil {
 			return nil, fmt.Errorf("secret %q: %w", ref.GetName(), err)
 		}
 	}
@@ -91,7 +93,7 @@ type noSecretError struct {
 }
 
 func (e *noSecretError) Error() string {
-	return fmt.Sprintf("there is no secret named %q: store it with \"archfarm secret put %s\", or send it with the job", e.name, e.name)
+	return fmt.Sprintf("there is no secret named %q: store it with \"archfarm secret create %s\", or send it with the job", e.name, e.name)
 }
 
 // isSealed tells whether something sealed cannot be opened, however often one tries.

@@ -34,7 +34,7 @@ func (s secrets) PutSecret(ctx context.Context, req *archfarmv1.PutSecretRequest
 	case n > spec.MaxSecret:
 		return nil, status.Errorf(codes.InvalidArgument, "value: %d bytes long, at most %d are possible", n, spec.MaxSecret)
 	}
-	sealed, err := s.Key.Seal(req.GetValue(), secretSeal(tenant, req.GetName()))
+	sealed, err := s.Key.Seal(req.GetValue(), SecretSeal(tenant, req.GetName()))
 	if err != nil {
 		return nil, status.Errorf(codes.Internal, "storing the secret: %v", err)
 	}

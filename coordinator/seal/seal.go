@@ -59,7 +59,8 @@ type key struct {
 //
 // Each line is a key, 32 bytes in hexadecimal digits or base64 (openssl rand -hex
 // 32); lines that are empty or begin with '#' don't count. To change keys, put the
-// new one first and leave the others there.
+// new one first and leave the others there for as long as something is sealed by them
+// (Reseal).
 func Open(path string) (*Key, error) {
 	k, err := Load(path)
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -180,6 +181,19 @@ func (k *Key) Unseal(sealed, context []byte) ([]byte, error) {
 		return nil, fmt.Errorf("unsealing with the key %x of %s: %w", id, k.path, ErrAltered)
 	}
 	return plain, nil
+}
+
+// Reseal returns what the first key has sealed as it is, and anything else sealed anew
+// by it. Errors as Unseal.
+func (k *Key) Reseal(sealed, context []byte) ([]byte, error) {
+	if len(sealed) >= header && sealed[0] == version && [idSize]byte(sealed[1:header]) == k.keys[0].id {
+		return sealed, nil
+	}
+	plain, err := k.Unseal(sealed, context)
+	if err != nil {
+		return nil, err
+	}
+	return k.Seal(plain, context)
 }
 
 // bind is the additional data: all that is not encrypted, and the context.

@@ -194,3 +194,29 @@ func FuzzUnseal(f *testing.F) {
 		}
 	})
 }
+
+func TestReseal_ByTheFirstKey(t *testing.T) {
+	t.Parallel()
+	context := []byte("a")
+	old := open(t, write(t, hexA))
+	box, err := old.Seal([]byte("hunter2"), context)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if same, err := old.Reseal(box, context); err != nil || !bytes.Equal(same, box) {
+		t.Errorf("of the first key already: %x, %v", same, err)
+	}
+	anew, err := open(t, write(t, hexB, hexA)).Reseal(box, context)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := open(t, write(t, hexB)).Unseal(anew, context); err != nil || string(got) != "hunter2" {
+		t.Errorf("with the new key alone: %q, %v", got, err)
+	}
+	if _, err := open(t, write(t, hexB)).Reseal(box, context); !errors.Is(err, seal.ErrOtherKey) {
+		t.Errorf("without the old key: %v", err)
+	}
+	if _, err := open(t, write(t, hexB, hexA)).Reseal(box, []byte("b")); !errors.Is(err, seal.ErrAltered) {
+		t.Errorf("of another place: %v", err)
+	}
+}

@@ -66,6 +66,10 @@ type Secrets interface {
 	// ListSecrets returns them by name, without their contents.
 	ListSecrets(ctx context.Context, tenant string) ([]SecretInfo, error)
 	DeleteSecret(ctx context.Context, tenant, name string) error
+	// ChangeSecrets replaces each secret, of all tenants, by what change returns, or
+	// removes it for nil; each for itself. An error of change ends it, and is returned
+	// as it is. It must not call the store, and may be called more than once.
+	ChangeSecrets(ctx context.Context, change func(tenant, name string, sealed []byte) ([]byte, error)) error
 }
 
 // SecretInfo is what may be told of a secret.

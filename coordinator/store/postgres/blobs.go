@@ -25,7 +25,7 @@ func (s *Store) MissingBlobs(ctx context.Context, tenant string, digests []strin
 		}
 	}
 	there := map[string]bool{}
-	err := s.engine.Write(ctx, func(t sqlstore.Tx) error {
+	err := s.db.Write(ctx, func(t sqlstore.Tx) error {
 		clear(there)
 		// Locked in one order, so that two callers cannot wait for each other.
 		return t.Query(func(scan func(...any) error) error {
@@ -56,7 +56,7 @@ func (s *Store) PutBlob(ctx context.Context, tenant, digest string, data []byte)
 	if data == nil {
 		data = []byte{}
 	}
-	err := s.engine.Write(ctx, func(t sqlstore.Tx) error {
+	err := s.db.Write(ctx, func(t sqlstore.Tx) error {
 		_, err := t.Exec("INSERT INTO blobs (tenant, digest, data, used) VALUES ($1, $2, $3, "+now+`)
 			ON CONFLICT (tenant, digest) DO UPDATE SET used = excluded.used`, tenant, digest, data)
 		return err
@@ -74,7 +74,7 @@ func (s *Store) Blob(ctx context.Context, tenant, digest string) (io.ReadCloser,
 	}
 	var data []byte
 	found := false
-	err := s.engine.Read(ctx, func(t sqlstore.Tx) error {
+	err := s.db.Read(ctx, func(t sqlstore.Tx) error {
 		return t.Query(func(scan func(...any) error) error {
 			found = true
 			return scan(&data)
@@ -114,7 +114,7 @@ func (s *Store) SweepBlobs(ctx context.Context, before time.Time, named func(ten
 }
 
 func (s *Store) oldBlobs(ctx context.Context, before time.Time, after blob) (old []blob, err error) {
-	err = s.engine.Read(ctx, func(t sqlstore.Tx) error {
+	err = s.db.Read(ctx, func(t sqlstore.Tx) error {
 		old = nil
 		return t.Query(func(scan func(...any) error) error {
 			var b blob
@@ -132,7 +132,7 @@ func (s *Store) oldBlobs(ctx context.Context, before time.Time, after blob) (old
 
 // removeBlob removes one, unless it has been asked for meanwhile, and returns its size.
 func (s *Store) removeBlob(ctx context.Context, before time.Time, b blob) (size int64, err error) {
-	err = s.engine.Write(ctx, func(t sqlstore.Tx) error {
+	err = s.db.Write(ctx, func(t sqlstore.Tx) error {
 		size = 0
 		return t.Query(func(scan func(...any) error) error { return scan(&size) },
 			"DELETE FROM blobs WHERE tenant = $1 AND digest = $2 AND used < $3 RETURNING octet_length(data)",

@@ -41,6 +41,9 @@ type Options struct {
 	// URL is postgres://USER:PASSWORD@HOST/DATABASE?…, as libpq knows it, or key=value
 	// words. It is never part of an error or a log.
 	URL string
+	// Failed is told when the database has failed, by "read" or "write"; may be nil, and
+	// called concurrently.
+	Failed func(operation string)
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -49,6 +52,7 @@ type Options struct {
 type Store struct {
 	*sqlstore.Store
 	engine *engine
+	db     sqlstore.Engine // the same, watched
 	wakes  *sqlstore.Wakes
 	hints  *hints
 }
@@ -64,7 +68,7 @@ func Open(ctx context.Context, o Options) (store.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := open(ctx, cfg, o.Log)
+	s, err := open(ctx, cfg, o)
 	if err != nil {
 		c := cfg.ConnConfig
 		return nil, fmt.Errorf("opening the database %s at %s: %w", c.Database, net.JoinHostPort(c.Host, strconv.Itoa(int(c.Port))), err)
@@ -107,7 +111,7 @@ func configure(address string) (*pgxpool.Config, error) {
 	return cfg, nil
 }
 
-func open(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (_ *Store, err error) {
+func open(ctx context.Context, cfg *pgxpool.Config, o Options) (_ *Store, err error) {
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, err
@@ -133,9 +137,10 @@ func open(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (_ *Store,
 		return nil, err
 	}
 	wakes := &sqlstore.Wakes{}
-	hints := exchange(ctx, e, wakes, log)
+	hints := exchange(ctx, e, wakes, o.Log)
 	wakes.Elsewhere = hints.tell
-	return &Store{Store: sqlstore.New(e, wakes), engine: e, wakes: wakes, hints: hints}, nil
+	db := sqlstore.Watched(e, o.Failed)
+	return &Store{Store: sqlstore.New(db, wakes), engine: e, db: db, wakes: wakes, hints: hints}, nil
 }
 
 // version refuses servers that are too old.

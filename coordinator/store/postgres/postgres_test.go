@@ -128,12 +128,15 @@ func TestLease_GoesOverToTheOther(t *testing.T) {
 	}
 }
 
-// Connections that break are made anew, and what they were about is done once.
+// Connections that break are made anew, and what they were about is done once. They
+// break after so many jobs, not so often: however slow the machine is, there is time to
+// make them in between.
 func TestConnectionsBreak(t *testing.T) {
 	t.Parallel()
 	server, name, a, b := two(t)
+	const jobs, breakAfter = 300, 10
 	var wg sync.WaitGroup
-	const jobs = 300
+	submitted := make(chan struct{})
 	for w := range 4 {
 		wg.Go(func() {
 			for i := w; i < jobs; i += 4 {
@@ -141,26 +144,23 @@ func TestConnectionsBreak(t *testing.T) {
 				j := job(fmt.Sprintf("job-%03d", i))
 				j.RequestID = j.ID
 				_, _, err := s.Submit(t.Context(), j, []store.Event{{Data: []byte("x")}})
-				if err != nil && strings.Contains(err.Error(), "may have happened") { // the commit was cut off
-
+				for err != nil && strings.Contains(err.Error(), "may have happened") { // the commit was cut off, and may be again
 					_, _, err = s.Submit(t.Context(), j, []store.Event{{Data: []byte("x")}}) // as a client would
 				}
 				if err != nil {
 					t.Errorf("job %d: %v", i, err)
 				}
+				submitted <- struct{}{}
 			}
 		})
 	}
-	done := make(chan struct{})
-	go func() { wg.Wait(); close(done) }()
-	for running := true; running; {
-		select {
-		case <-done:
-			running = false
-		case <-time.After(20 * time.Millisecond):
-			terminate(t, server, name)
+	for n := range jobs {
+		<-submitted
+		if n%breakAfter == 0 {
+			terminate(t, server, name) // while the others submit theirs
 		}
 	}
+	wg.Wait()
 	got, err := a.List(t.Context(), store.Query{Limit: 1000})
 	if err != nil || len(got) != jobs {
 		t.Fatalf("%d jobs, %v", len(got), err)

@@ -38,6 +38,9 @@ type Options struct {
 	Path string
 	// BlobDir is the folder for blobs.
 	BlobDir string
+	// Failed is told when the database has failed, by "read" or "write"; may be nil, and
+	// called concurrently.
+	Failed func(operation string)
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -117,7 +120,7 @@ func open(ctx context.Context, o Options) (_ *Store, err error) {
 	}
 	wakes := &sqlstore.Wakes{}
 	return &Store{
-		Store: sqlstore.New(e, wakes), blobs: blobs{dir: o.BlobDir, now: e.now},
+		Store: sqlstore.New(sqlstore.Watched(e, o.Failed), wakes), blobs: blobs{dir: o.BlobDir, now: e.now},
 		path: o.Path, engine: e, close: sync.OnceValue(func() error {
 			wakes.Close()
 			return errors.Join(e.close(), lock.Close())

@@ -1,7 +1,9 @@
 package sqlstore
 
 import (
+	"bytes"
 	"context"
+	"errors"
 
 	"github.com/archfarm/archfarm/coordinator/store"
 )
@@ -48,5 +50,39 @@ func (s *Store) DeleteSecret(ctx context.Context, tenant, name string) error {
 		}
 		return n, err
 	})
+	return err
+}
+
+// ChangeSecrets replaces secrets, one after the other: together they may be large.
+func (s *Store) ChangeSecrets(ctx context.Context, change func(tenant, name string, sealed []byte) ([]byte, error)) error {
+	type key struct{ tenant, name string }
+	all, err := read(ctx, s, "listing secrets", func(tx Tx) ([]key, error) {
+		return rows(tx, func(scan func(...any) error) (k key, err error) {
+			err = scan(&k.tenant, &k.name)
+			return k, err
+		}, "SELECT tenant, name FROM secrets ORDER BY tenant, name")
+	})
+	for i := 0; i < len(all) && err == nil; i++ {
+		k := all[i]
+		_, err = write(ctx, s, "", func(tx Tx) (int64, error) {
+			sealed, err := one(tx, column[[]byte], "SELECT sealed FROM secrets WHERE tenant = $1 AND name = $2"+forUpdate(tx), k.tenant, k.name)
+			if errors.Is(err, store.ErrNotFound) { // deleted meanwhile
+				return 0, nil
+			}
+			if err != nil {
+				return 0, err
+			}
+			changed, err := change(k.tenant, k.name, sealed)
+			switch {
+			case err != nil:
+				return 0, err
+			case changed == nil:
+				return tx.Exec("DELETE FROM secrets WHERE tenant = $1 AND name = $2", k.tenant, k.name)
+			case bytes.Equal(changed, sealed):
+				return 0, nil
+			}
+			return tx.Exec("UPDATE secrets SET sealed = $1 WHERE tenant = $2 AND name = $3", changed, k.tenant, k.name)
+		})
+	}
 	return err
 }

@@ -52,6 +52,7 @@ func Run(t *testing.T, open Open) {
 		"Ledger/Bindings":     testBindings,
 		"Model/Ledger":        testLedgerModel,
 		"Secrets":             testSecrets,
+		"Secrets/Change":      testChangeSecrets,
 		"Blobs":               testBlobs,
 		"Blobs/Sweep":         testSweep,
 		"Builds":              testBuilds,
@@ -262,4 +263,41 @@ func testSecrets(t *testing.T, s store.Store) {
 	is(t, err, store.ErrNotFound)
 	_, err = s.Secret(ctx, "other", "npm")
 	ok(t, err)
+}
+
+func testChangeSecrets(t *testing.T, s store.Store) {
+	ctx := t.Context()
+	for _, name := range []string{"keep", "replace", "remove"} {
+		ok(t, s.PutSecret(ctx, "acme", name, []byte("of acme")))
+		ok(t, s.PutSecret(ctx, "", name, []byte("of nobody")))
+	}
+	before, err := s.ListSecrets(ctx, "acme")
+	ok(t, err)
+	var seen []string
+	ok(t, s.ChangeSecrets(ctx, func(tenant, name string, sealed []byte) ([]byte, error) {
+		seen = append(seen, tenant+"/"+name+": "+string(sealed))
+		switch {
+		case tenant == "acme" && name == "replace":
+			return []byte("anew"), nil
+		case tenant == "acme" && name == "remove":
+			return nil, nil
+		}
+		return sealed, nil
+	}))
+	same(t, "what is passed", seen, []string{
+		"/keep: of nobody", "/remove: of nobody", "/replace: of nobody", "acme/keep: of acme", "acme/remove: of acme", "acme/replace: of acme",
+	})
+	after, err := s.ListSecrets(ctx, "acme")
+	ok(t, err)
+	same(t, "what is there, and since when", after, []store.SecretInfo{before[0], before[2]})
+	for name, want := range map[string]string{"keep": "of acme", "replace": "anew"} {
+		got, err := s.Secret(ctx, "acme", name)
+		ok(t, err)
+		same(t, name, string(got), want)
+	}
+	refusal := errors.New("no")
+	is(t, s.ChangeSecrets(ctx, func(string, string, []byte) ([]byte, error) { return nil, refusal }), refusal)
+	if got, err := s.Secret(ctx, "", "keep"); err != nil || string(got) != "of nobody" {
+		t.Fatalf("after a refusal: %q, %v", got, err)
+	}
 }

@@ -518,7 +518,9 @@ func (*BuildContext_Digest) isBuildContext_From() {}
 
 type GitContext struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Url of the repository: https://, http://, ssh:// or git://.
+	// Url of the repository: https://, http:// or git://, without credentials, which
+	// come as the secret GIT_AUTH_TOKEN or GIT_AUTH_HEADER. SSH is refused: a job has no
+	// agent that would lend it a key.
 	Url string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
 	// Ref is a branch, a tag or a commit; the remote's HEAD when empty.
 	Ref           string `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`
@@ -723,9 +725,12 @@ func (x *SecretRef) GetName() string {
 
 // CacheEntry is one of BuildKit's caches, as type=registry,ref=app:cache.
 type CacheEntry struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
-	Attrs         map[string]string      `protobuf:"bytes,2,rep,name=attrs,proto3" json:"attrs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Type is registry, inline, gha, s3 or azblob.
+	Type string `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
+	// Attrs; "secret:ID" stands for the value of the secret of that id, which is the only
+	// way to give credentials.
+	Attrs         map[string]string `protobuf:"bytes,2,rep,name=attrs,proto3" json:"attrs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
