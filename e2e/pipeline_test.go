@@ -81,17 +81,25 @@ var jobLine = regexp.MustCompile(`(?m)^archfarm: job ([0-9a-f-]+)$`)
 
 func (p pipelines) run(t *testing.T, cmd *exec.Cmd) ran {
 	t.Helper()
-	var log bytes.Buffer
-	cmd.Stderr = &log
-	out, err := cmd.Output()
-	if cmd.ProcessState == nil {
+	return p.start(t, cmd)()
+}
+
+// start starts a script; wait returns what it has said once it has ended.
+func (p pipelines) start(t *testing.T, cmd *exec.Cmd) (wait func() ran) {
+	t.Helper()
+	var out, log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &log
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	r := ran{image: strings.TrimSpace(string(out)), log: log.String(), code: cmd.ProcessState.ExitCode()}
-	if m := jobLine.FindStringSubmatch(r.log); m != nil {
-		r.job = m[1]
+	return func() ran {
+		_ = cmd.Wait() // the exit code tells
+		r := ran{image: strings.TrimSpace(out.String()), log: log.String(), code: cmd.ProcessState.ExitCode()}
+		if m := jobLine.FindStringSubmatch(r.log); m != nil {
+			r.job = m[1]
+		}
+		return r
 	}
-	return r
 }
 
 // wantPublished checks that a run has succeeded, and that the image that it prints is what the commit's tag means, of both
@@ -143,14 +151,12 @@ func TestPipeline_InPlainShell(t *testing.T) {
 	})
 	t.Run("a run that is cancelled", func(t *testing.T) {
 		cmd := pipeline(dir, "cancelled", "ARCHFARM_FILE=gated")
-		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-		done := make(chan ran, 1)
-		go func() { done <- p.run(t, cmd) }() // ends with the script
+		wait := p.start(t, cmd)
 		gate.WaitArrival(t, p.Farm.Coordinator, jobLimit)
 		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
-		cancelled := <-done
+		cancelled := wait()
 		if cancelled.code != 130 || cancelled.image != "" {
 			t.Fatalf("exit code %d, %q on standard output:\n%s", cancelled.code, cancelled.image, cancelled.log)
 		}

@@ -60,7 +60,7 @@ func (w *work) resume(ctx context.Context) error {
 	case err != nil && ctx.Err() != nil:
 		return context.Cause(ctx)
 	case err != nil:
-		return w.fail("publishing", err)
+		return w.later(ctx, err)
 	case finished:
 		p, err := w.Store.PublicationOf(ctx, w.id)
 		if err != nil {
@@ -98,9 +98,22 @@ func (w *work) push(ctx context.Context, content publish.Content) error {
 	case err != nil && ctx.Err() != nil:
 		return context.Cause(ctx)
 	case err != nil:
-		return w.fail("publishing", err)
+		return w.later(ctx, err)
 	}
 	return w.end(store.Succeeded, content.Descriptor.Digest.String(), "")
+}
+
+// later is what becomes of a job whose publication has failed. It is tried again, as
+// legs are, when the registry may be back by then; that begins with finding out what
+// this one did (resume).
+func (w *work) later(ctx context.Context, err error) error {
+	w.published++
+	if !worthAnother(status.Code(err)) || w.published >= w.maxAttempts() {
+		return w.fail("publishing", err)
+	}
+	w.notice("publishing is tried again: " + build.Message(err))
+	w.pause(ctx, backoff(w.Backoff, w.published))
+	return w.mayBegin(ctx)
 }
 
 // publication is the same for each run of the job, until it is retried.

@@ -220,15 +220,19 @@ func (q quiet) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// lease is longer than any test: one that were lost because the machine is busy would
+// have legs built twice. Tests about leases that end have their own.
+const lease = time.Hour
+
 func (f *farm) options(owner string) Options {
-	publisher := publish.NewPublisher(publish.Config{Ledger: f.store, Owner: owner, Lease: time.Second, Poll: 20 * time.Millisecond})
+	publisher := publish.NewPublisher(publish.Config{Ledger: f.store, Owner: owner, Lease: lease, Poll: 20 * time.Millisecond})
 	f.t.Cleanup(publisher.Close)
 	return Options{
 		Store: f.store, Publisher: publisher, Contexts: f.contexts, Key: f.key, Owner: owner,
 		Resolve: func(_ context.Context, git *archfarmv1.GitContext, _ gitref.Auth) (*archfarmv1.Source, error) {
 			return &archfarmv1.Source{Url: git.GetUrl(), Commit: commit, Branch: "main"}, nil
 		},
-		Poll: 50 * time.Millisecond, Backoff: time.Millisecond, Lease: 3 * time.Second,
+		Poll: 50 * time.Millisecond, Backoff: time.Millisecond, Lease: lease,
 		Log: slog.New(slog.NewTextHandler(quiet{f.t}, nil)),
 	}
 }

@@ -161,8 +161,11 @@ func TestJob_AttemptsForWhatIsNotTheBuildsFault(t *testing.T) {
 // untilDone is a build that ends with its context; began gets its attempts.
 func untilDone(began chan<- Leg) func(context.Context, Leg, Report) (ocispecs.Descriptor, error) {
 	return func(ctx context.Context, leg Leg, _ Report) (ocispecs.Descriptor, error) {
-		began <- leg
-		<-ctx.Done()
+		select {
+		case began <- leg:
+			<-ctx.Done()
+		case <-ctx.Done(): // an attempt that nobody waits for
+		}
 		return ocispecs.Descriptor{}, status.FromContextError(ctx.Err()).Err()
 	}
 }

@@ -29,8 +29,10 @@ type work struct {
 	registry publish.Registry
 	content  map[string]publish.Content // of legs that have been looked at, by platform
 	log      *slog.Logger
-	until    time.Time       // the job's time is over
-	held     context.Context // ends before the lease: for what records and publishes
+	// published counts publications that failed in this run.
+	published int
+	until     time.Time       // the job's time is over
+	held      context.Context // ends before the lease: for what records and publishes
 }
 
 // work runs a job as far as it can. Ctx ends what is under way, with its cause; stop

@@ -199,7 +199,23 @@ func (f *Farm) Manage(t T, args ...string) Result {
 
 func (f *Farm) manage(t T, args ...string) Result {
 	t.Helper()
+	f.awaitCoordinator(t)
 	return Command(t, f.tools.Archfarm, append(args, "--farm", f.Admin)...)
+}
+
+// awaitCoordinator waits until the coordinator, which may have been started a moment ago, listens on its own socket.
+func (f *Farm) awaitCoordinator(t T) {
+	t.Helper()
+	Eventually(t, startLimit, "the coordinator listens", func() (string, bool) {
+		if !f.Coordinator.Running() {
+			t.Fatalf("the coordinator has ended:\n%s", f.Coordinator.Tail())
+		}
+		conn, err := net.DialTimeout("unix", strings.TrimPrefix(f.Admin, "unix://"), startLimit)
+		if err != nil {
+			return err.Error(), false
+		}
+		return "", conn.Close() == nil
+	})
 }
 
 // Command runs a program to its end.
