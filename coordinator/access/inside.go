@@ -19,8 +19,9 @@ const (
 	// insideIdentity carries the identity of a call that comes from inside. On other
 	// connections it means nothing.
 	insideIdentity = "archfarm-identity"
-	// insideBuffer is what a connection holds of what has not been read, each way.
-	insideBuffer = 256 << 10
+	// insideBuffer is what a connection allocates, each way, for what has not been read: as much as gRPC writes at a time.
+	// Every leg of a job that runs or waits has a connection.
+	insideBuffer = 32 << 10
 )
 
 // Inside is how the coordinator calls its own services: on behalf of somebody,

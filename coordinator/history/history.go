@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"log/slog"
 	"maps"
 	"os"
@@ -64,7 +65,7 @@ type History struct {
 
 	ending  chan struct{} // closed when closing
 	work    sync.WaitGroup
-	changes sync.Mutex // one change of a stored record at a time
+	changes changes // one change of a stored record at a time
 }
 
 // Open opens the history in a store, which is to be closed after it.
@@ -284,10 +285,19 @@ func (h *History) Update(ctx context.Context, req *controlapi.UpdateBuildHistory
 	return h.change(ctx, req.GetRef(), func(r *controlapi.BuildHistoryRecord, _ *extent) { r.Pinned = req.GetPinned() })
 }
 
+// changes keeps the changes of one record apart. Those of others are not waited for, but for a few by chance: the store
+// makes many durable at once.
+type changes [64]sync.Mutex
+
+func (c *changes) lock(ref string) (unlock func()) {
+	l := &c[crc32.ChecksumIEEE([]byte(ref))%uint32(len(c))]
+	l.Lock()
+	return l.Unlock
+}
+
 // change rewrites a stored record and tells the listeners.
 func (h *History) change(ctx context.Context, ref string, f func(*controlapi.BuildHistoryRecord, *extent)) error {
-	h.changes.Lock()
-	defer h.changes.Unlock()
+	defer h.changes.lock(ref)()
 	record, tenant, err := h.records.change(ctx, ref, func(r *controlapi.BuildHistoryRecord, e *extent) {
 		f(r, e)
 		r.Generation++
@@ -304,8 +314,7 @@ func (h *History) change(ctx context.Context, ref string, f func(*controlapi.Bui
 // remove deletes a record, or hides it until the last who listens to it has
 // left. It tells whether there was one.
 func (h *History) remove(ctx context.Context, ref string) (bool, error) {
-	h.changes.Lock()
-	defer h.changes.Unlock()
+	defer h.changes.lock(ref)()
 	h.mu.Lock()
 	for l := range h.listeners {
 		if l.ref == ref && ref != "" {

@@ -246,8 +246,7 @@ func (r *Recorder) store(ctx context.Context) error {
 	if err := r.hold.persist(ctx, e.digests()...); err != nil {
 		return err
 	}
-	r.h.changes.Lock()
-	defer r.h.changes.Unlock()
+	defer r.h.changes.lock(r.ref)()
 	return r.h.records.put(ctx, r.record, e)
 }
 
