@@ -52,6 +52,10 @@ bench: setup build tools ## the farm beside buildx on its own, side by side (roo
 loadtest-fleet: setup build tools ## 1,000 workers join one coordinator, and come back after it was killed (root)
 	$(GO) run ./loadtest/fleet
 
+# FLAGS are those of go run ./loadtest/jobs -h.
+loadtest-jobs: setup build tools ## 10,000 jobs published through one coordinator, which is killed on the way (root)
+	$(GO) run ./loadtest/jobs -kill $(FLAGS)
+
 # SUITE is buildx or one of BuildKit's: client, dockerfile, buildctl. FLAGS are those of go run ./conformance -h.
 SUITE = buildx
 conformance: setup build tools ## buildx's integration suite on a plain buildkitd and on a farm (root; SUITE=client)
@@ -135,4 +139,4 @@ $(TOOLS)/protoc-gen-grpc-gateway: go.mod
 clean: ## remove bin/, tools included
 	rm -rf $(BIN)
 
-.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench loadtest-fleet conformance lint deploy-check generate setup tools arm64vm lint-tools clean
+.PHONY: help all build cross cross-linux-amd64 cross-linux-arm64 cross-darwin-arm64 demo test bench loadtest-fleet loadtest-jobs conformance lint deploy-check generate setup tools arm64vm lint-tools clean

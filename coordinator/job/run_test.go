@@ -102,8 +102,7 @@ func TestRun_ACoordinatorThatIsCutOffStopsBeforeItsLeaseEnds(t *testing.T) {
 		defer func() { stopped <- time.Now() }()
 		return untilDone(began)(ctx, leg, report)
 	}}
-	const lease = time.Second
-	c := f.start(first, func(o *Options) { o.Store, o.Lease = cut, lease })
+	c := f.start(first, func(o *Options) { o.Store, o.Lease = cut, 3*time.Second })
 	id := c.submit(request(t)).GetId()
 	receive(t, began)
 	receive(t, began)
@@ -114,7 +113,7 @@ func TestRun_ACoordinatorThatIsCutOffStopsBeforeItsLeaseEnds(t *testing.T) {
 		takenOver <- time.Now()
 		return pushes(ctx, leg, report)
 	}}
-	d := f.start(second, func(o *Options) { o.Owner, o.Lease = "coordinator-2", lease })
+	d := f.start(second, func(o *Options) { o.Owner = "coordinator-2" })
 	wantState(t, d.ended(id), archfarmv1.Job_STATE_SUCCEEDED)
 	if end, begin := receive(t, stopped), receive(t, takenOver); !end.Before(begin) {
 		t.Errorf("the first stopped at %v, the second began at %v", end, begin)

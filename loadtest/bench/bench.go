@@ -73,31 +73,16 @@ func builds(ctx context.Context, t farmtest.T, o options, out io.Writer) {
 	}
 	hold(r.cached(t, o))
 	memory := func(during string, do func()) {
-		r.resetCoordinatorPeak(t)
+		coordinator := r.farm.Coordinator.Pid()
+		load.ResetPeak(t, coordinator)
 		do()
-		used := r.coordinatorPeak(t)
+		used := load.Peak(t, coordinator)
 		fmt.Fprintf(out, "coordinator's peak memory with %s: %.0f MiB, goal below %d MiB: %s\n", during, mebibytes(used), memoryGoal>>20, verdict(used < memoryGoal))
 	}
 	memory("the large context", func() { hold(r.large(t, o)) })
 	memory(fmt.Sprintf("%d builds at once", o.AtOnce), func() { r.atOnce(t, o) })
 	memory(fmt.Sprintf("exports of a %d MB image", o.ImageSize/1_000_000), func() { hold(r.image(t, o)) })
 	fmt.Fprintf(out, "took %s\n", time.Since(start).Round(time.Second))
-}
-
-func (r *rig) resetCoordinatorPeak(t farmtest.T) {
-	t.Helper()
-	if err := resetPeak(r.farm.Coordinator.Pid()); err != nil {
-		t.Fatalf("%v", err)
-	}
-}
-
-func (r *rig) coordinatorPeak(t farmtest.T) int64 {
-	t.Helper()
-	bytes, err := peak(r.farm.Coordinator.Pid())
-	if err != nil {
-		t.Fatalf("%v", err)
-	}
-	return bytes
 }
 
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }

@@ -2,9 +2,6 @@ package main
 
 import (
 	"context"
-	"os"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -24,6 +21,7 @@ func TestBench_ShortRunFillsTheTable(t *testing.T) {
 	for _, want := range []string{
 		"cached push, two platforms  ", "cached push, two platforms, provenance", "cached push, one platform",
 		"5 MB context, two platforms  ", "5 MB context, two platforms, pushed", "coordinator's peak memory",
+		"durable submissions, 64 clients, SQLite", "an event reaches 20 watchers", "the newest page of 20000 jobs", "start with 200 queued",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the output lacks %q:\n%s", want, out.String())
@@ -112,47 +110,27 @@ func TestTable_ShowsRatioSpreadAndVerdict(t *testing.T) {
 	}
 }
 
-func TestPeak_FallsAfterReset(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: resetting the peak may need root")
-	}
-	const size = 64 << 20
-	pid := os.Getpid()
-	hog := make([]byte, size)
-	for i := range hog {
-		hog[i] = 1
-	}
-	high, err := peak(pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if high < size {
-		t.Errorf("the peak is %d bytes with %d in use", high, size)
-	}
-	runtime.KeepAlive(hog)
-	debug.FreeOSMemory() // of hog, too; else the process is as large as ever, or a little larger
-	if err := resetPeak(pid); err != nil {
-		t.Fatal(err)
-	}
-	if after, err := peak(pid); err != nil || after <= 0 || after > high {
-		t.Errorf("after the reset: %d bytes, was %d, %v", after, high, err)
-	}
-	if _, err := peak(-1); err == nil {
-		t.Error("a process that does not exist has a peak")
-	}
-}
-
 func TestParse(t *testing.T) {
 	t.Parallel()
+	usual := options{
+		Rounds: 10, CachedRounds: 30, Size: 200_000_000, ImageRounds: 3, ImageSize: 2_000_000_000, AtOnce: 20, Limit: 7 * time.Minute,
+		Window: 10 * time.Second, Watchers: 1000, History: 1_000_000, Queued: 10_000,
+	}
+	small, briefWatch := usual, shortly()
+	small.Rounds, small.Size = 3, 7_000_000
+	briefWatch.Only = "watch"
 	for _, c := range []struct {
 		args []string
 		ok   bool
 		want options
 	}{
-		{nil, true, options{Rounds: 10, CachedRounds: 30, Size: 200_000_000, ImageRounds: 3, ImageSize: 2_000_000_000, AtOnce: 20, Limit: 7 * time.Minute}},
+		{nil, true, usual},
 		{[]string{"-short"}, true, shortly()},
-		{[]string{"-rounds", "3", "-megabytes", "7"}, true, options{Rounds: 3, CachedRounds: 30, Size: 7_000_000, ImageRounds: 3, ImageSize: 2_000_000_000, AtOnce: 20, Limit: 7 * time.Minute}},
+		{[]string{"-short", "-only", "watch"}, true, briefWatch},
+		{[]string{"-rounds", "3", "-megabytes", "7"}, true, small},
 		{[]string{"-rounds", "0"}, false, options{}},
+		{[]string{"-only", "nothing"}, false, options{}},
+		{[]string{"-history", "1000"}, false, options{}},
 		{[]string{"more"}, false, options{}},
 	} {
 		got, err := parse(c.args)

@@ -32,8 +32,8 @@ const (
 // coordinator recorded an event, before it was durable, and from when the build printed the line.
 func fanOut(ctx context.Context, t farmtest.T, o options) (all []figure) {
 	t.Helper()
-	one, oneLine := delivered(ctx, t, 1, o.Seconds)
-	many, manyLine := delivered(ctx, t, o.Watchers, o.Seconds)
+	one, oneLine := delivered(ctx, t, 1, o.Window)
+	many, manyLine := delivered(ctx, t, o.Watchers, o.Window)
 	return []figure{
 		{
 			name: fmt.Sprintf("an event reaches %d watchers, p99", o.Watchers), got: many, unit: "ms", goal: goalDelivery,

@@ -42,7 +42,7 @@ type options struct {
 	Limit        time.Duration // no round begins after that
 	// Only names the one part to measure; empty: all.
 	Only     string
-	Seconds  time.Duration // that jobs are submitted, or watched
+	Window   time.Duration // that jobs are submitted, or watched
 	Watchers int           // of one job
 	History  int           // ended jobs to list
 	Queued   int           // jobs at a restart
@@ -62,23 +62,25 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.AtOnce, "at-once", 20, "builds that run at the same time, for the coordinator's memory")
 	flags.DurationVar(&o.Limit, "limit", 7*time.Minute, "begin no round after this time: what is measured by then is shown")
 	flags.StringVar(&o.Only, "only", "", "measure only this: "+strings.Join(parts(), ", "))
-	flags.DurationVar(&o.Seconds, "seconds", 10*time.Second, "how long jobs are submitted, and watched")
+	flags.DurationVar(&o.Window, "seconds", 10*time.Second, "how long jobs are submitted, and watched")
 	flags.IntVar(&o.Watchers, "watchers", 1000, "watchers of one job")
 	flags.IntVar(&o.History, "history", 1_000_000, "ended jobs to list pages of")
 	flags.IntVar(&o.Queued, "queued", 10_000, "queued jobs to start with")
-	flags.BoolVar(&short, "short", false, "one round of everything and 5 megabytes, to see that it runs; the other flags are ignored")
+	flags.BoolVar(&short, "short", false, "one round of everything and 5 megabytes, to see that it runs; of the other flags, only -only counts")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
 	if flags.NArg() > 0 || o.Rounds < 1 || o.CachedRounds < 1 || o.ImageRounds < 1 || o.AtOnce < 1 || megabytes < 1 || image < 2 || o.Limit <= 0 ||
-		o.Only != "" && !slices.Contains(parts(), o.Only) || o.Seconds < time.Second || o.Watchers < 1 || o.History <= fewJobs || o.Queued < 1 {
+		o.Only != "" && !slices.Contains(parts(), o.Only) || o.Window < time.Second || o.Watchers < 1 || o.History <= fewJobs || o.Queued < 1 {
 		err := fmt.Errorf("bench takes no arguments, flags greater than 0, a history of more than %d jobs, and one of its parts; see bench -help", fewJobs)
 		fmt.Fprintln(flags.Output(), err)
 		return o, err
 	}
 	o.Size, o.ImageSize = megabytes*1_000_000, image*1_000_000
 	if short {
+		only := o.Only
 		o = shortly()
+		o.Only = only
 	}
 	return o, nil
 }
@@ -86,5 +88,5 @@ func parse(args []string) (options, error) {
 // shortly is enough to see that everything works, and too little to conclude anything from.
 func shortly() options {
 	return options{Rounds: 1, CachedRounds: 1, Size: 5_000_000, ImageRounds: 1, ImageSize: 10_000_000, AtOnce: 3, Limit: 5 * time.Minute,
-		Seconds: time.Second, Watchers: 20, History: 20_000, Queued: 200}
+		Window: time.Second, Watchers: 20, History: 20_000, Queued: 200}
 }

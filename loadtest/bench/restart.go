@@ -29,6 +29,7 @@ func restart(ctx context.Context, t farmtest.T, queued int) (took float64) {
 	t.Helper()
 	farmtest.Within(t, func(t farmtest.T) {
 		farm := farmtest.StartFarm(t, farmtest.FindFarmTools(t), farmtest.FarmOptions{})
+		defer func() { farm.Coordinator.Kill() }() // it would wait for legs of the long queue to end
 		addr := strings.TrimPrefix(farm.Addr, "tcp://")
 		farmtest.Within(t, func(t farmtest.T) { // with a worker that never finishes
 			stuck := load.NewBuildKit()

@@ -29,16 +29,16 @@ const (
 	rowSize = 1400
 )
 
-// native is the platform of the jobs, which nobody runs.
+// idlePlatform is that of the jobs, which nobody runs.
 const idlePlatform = "linux/riscv64"
 
 // submissions measures how many jobs a second become durable: clients, coordinator and database share this machine.
 func submissions(ctx context.Context, t farmtest.T, o options) (all []figure) {
 	t.Helper()
 	farmtest.Within(t, func(t farmtest.T) {
-		raw := rawSQLite(ctx, t, o.Seconds)
+		raw := rawSQLite(ctx, t, o.Window)
 		all = append(all, figure{
-			name: fmt.Sprintf("durable submissions, %d clients, SQLite", submitters), got: submitRate(ctx, t, o.Seconds), unit: "/s", goal: goalSubmit,
+			name: fmt.Sprintf("durable submissions, %d clients, SQLite", submitters), got: submitRate(ctx, t, o.Window), unit: "/s", goal: goalSubmit,
 			beside: "SQLite, a commit per row", peer: raw, note: "synchronous=FULL; commits are shared",
 		})
 	})
@@ -47,9 +47,9 @@ func submissions(ctx context.Context, t farmtest.T, o options) (all []figure) {
 		if !ok {
 			return
 		}
-		raw := rawPostgres(ctx, t, url, o.Seconds)
+		raw := rawPostgres(ctx, t, url, o.Window)
 		all = append(all, figure{
-			name: fmt.Sprintf("durable submissions, %d clients, PostgreSQL", submitters), got: submitRate(ctx, t, o.Seconds, "--store", url), unit: "/s",
+			name: fmt.Sprintf("durable submissions, %d clients, PostgreSQL", submitters), got: submitRate(ctx, t, o.Window, "--store", url), unit: "/s",
 			beside: "PostgreSQL, a commit per row", peer: raw, note: "fsync=on, on the same machine",
 		})
 	})
@@ -59,13 +59,14 @@ func submissions(ctx context.Context, t farmtest.T, o options) (all []figure) {
 // submitRate submits for a while to a coordinator whose one running job waits for a worker.
 func submitRate(ctx context.Context, t farmtest.T, d time.Duration, args ...string) float64 {
 	t.Helper()
-	farm := farmtest.StartFarm(t, farmtest.FindFarmTools(t), farmtest.FarmOptions{CoordinatorArgs: append([]string{"--max-jobs", "1", "--log-level", "warn"}, args...)})
+	farm := farmtest.StartFarm(t, farmtest.FindFarmTools(t), farmtest.FarmOptions{CoordinatorArgs: append([]string{"--max-jobs", "1", "--pprof"}, args...)})
 	clients := load.Clients(t, farm.Addr, submitters)
 	from := load.Upload(ctx, t, clients[0])
 	spec := func(i int) *archfarmv1.JobSpec {
 		return load.Spec(from, []string{idlePlatform}, []string{fmt.Sprintf("registry.example.com/team/app-%d:v%d", i%100, i)})
 	}
 	load.Submit(ctx, t, clients, submitters, spec, nil) // connections, prepared statements
+	t.Logf("submitting for %s; profiles: %s/debug/pprof/", d, farm.HTTP)
 	window, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
 	ids, took := load.Submit(window, t, clients, 1<<30, spec, nil)

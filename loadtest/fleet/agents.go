@@ -17,6 +17,7 @@ import (
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/e2e/farmtest"
 	"github.com/archfarm/archfarm/identity"
+	"github.com/archfarm/archfarm/loadtest/load"
 	"github.com/archfarm/archfarm/worker"
 	"github.com/archfarm/archfarm/worker/enroll"
 )
@@ -37,7 +38,7 @@ type agents struct {
 func newAgents(t farmtest.T, coordinator, token string) *agents {
 	t.Helper()
 	return &agents{
-		coordinator: coordinator, token: token, dir: farmtest.Folder(t), buildkit: startBuildkit(t),
+		coordinator: coordinator, token: token, dir: farmtest.Folder(t), buildkit: load.NewBuildKit().Serve(t),
 		failed: make(chan error, 1),
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
+	"github.com/archfarm/archfarm/loadtest/load"
 )
 
 // measure runs the fleet through its day, writes what that gave to out, and reports whether every goal was reached.
@@ -31,7 +32,7 @@ func measure(ctx context.Context, t farmtest.T, o options, out io.Writer) (reach
 	use = begin(t, farm.Coordinator.Pid())
 	agents.rest(ctx, t, o.Idle)
 	r.idle = use.end(t)
-	r.memory = peak(t, farm.Coordinator.Pid())
+	r.memory = load.Peak(t, farm.Coordinator.Pid())
 
 	killed := time.Now()
 	farm.Coordinator.Kill()
@@ -40,7 +41,7 @@ func measure(ctx context.Context, t farmtest.T, o options, out io.Writer) (reach
 	farm.RestartCoordinator(t)
 	view.awaitReady(ctx, t, agents, o)
 	r.back = time.Since(killed)
-	r.memory = max(r.memory, peak(t, farm.Coordinator.Pid()))
+	r.memory = max(r.memory, load.Peak(t, farm.Coordinator.Pid()))
 	r.refused = agents.refused.between(killed, time.Now())
 	r.arrivals = agents.arrivals.between(started, time.Now())
 	return r.write(t, out, o)

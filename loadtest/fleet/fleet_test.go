@@ -2,7 +2,6 @@ package main
 
 import (
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -103,27 +102,6 @@ func TestBusiest(t *testing.T) {
 			r.Fatalf("%d of %v within %d, want %d", got, after, span, want)
 		}
 	})
-}
-
-func TestProcess_WhatTheKernelTells(t *testing.T) {
-	t.Parallel()
-	if got, err := parsePeak("VmPeak:\t  9 kB\nVmHWM:\t  2048 kB\nVmRSS:\t 1 kB\n"); err != nil || got != 2<<20 {
-		t.Errorf("peak %d, %v", got, err)
-	}
-	if _, err := parsePeak("VmPeak:\t  9 kB\n"); err == nil {
-		t.Error("a peak out of nothing")
-	}
-	if got, err := parseCPU("7 (a b) c) S 1 2 3 4 5 6 7 8 9 10 150 50 0 0 20 0 9"); err != nil || got != 2*time.Second {
-		t.Errorf("CPU time %s, %v", got, err)
-	}
-	for _, bad := range []string{"", "7 (a) S 1 2", "7 (a) S 1 2 3 4 5 6 7 8 9 10 x 50"} {
-		if _, err := parseCPU(bad); err == nil {
-			t.Errorf("%q has a CPU time", bad)
-		}
-	}
-	if peak(t, os.Getpid()) < 1<<20 || cpuTime(t, os.Getpid()) < 0 {
-		t.Error("this process uses no memory")
-	}
 }
 
 func TestEnoughFiles(t *testing.T) {

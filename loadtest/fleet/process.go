@@ -3,21 +3,16 @@ package main
 import (
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
+	"github.com/archfarm/archfarm/loadtest/load"
 )
 
-const (
-	// clockTick is the unit of a process's times, on every Linux that Go runs on (USER_HZ).
-	clockTick = time.Second / 100
-	// filesPerWorker are its connections to the coordinator and to BuildKit, both ends of the latter, and what it reads
-	// of the machine now and then; spareFiles are the program's own.
-	filesPerWorker, spareFiles = 5, 200
-)
+// filesPerWorker are its connections to the coordinator and to BuildKit, both ends of the latter, and what it reads of the
+// machine now and then; spareFiles are the program's own.
+const filesPerWorker, spareFiles = 5, 200
 
 // enoughFiles returns an error if this process may not open as many files as the workers need. Go has raised the soft
 // limit already.
@@ -32,62 +27,6 @@ func enoughFiles(workers int) error {
 	return nil
 }
 
-// peak is the most memory, in bytes, that a process has had resident at once.
-func peak(t farmtest.T, pid int) int64 {
-	t.Helper()
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatalf("reading a process's peak memory: %v", err)
-	}
-	bytes, err := parsePeak(string(raw))
-	if err != nil {
-		t.Fatalf("reading a process's peak memory: %v", err)
-	}
-	return bytes
-}
-
-// parsePeak finds VmHWM in proc_pid_status(5).
-func parsePeak(status string) (bytes int64, err error) {
-	for line := range strings.Lines(status) {
-		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 10, 64)
-			return kib << 10, err
-		}
-	}
-	return 0, fmt.Errorf("the kernel does not tell VmHWM")
-}
-
-// cpuTime is how long a process has been running on all CPUs together.
-func cpuTime(t farmtest.T, pid int) time.Duration {
-	t.Helper()
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		t.Fatalf("reading a process's CPU time: %v", err)
-	}
-	used, err := parseCPU(string(raw))
-	if err != nil {
-		t.Fatalf("reading a process's CPU time: %v", err)
-	}
-	return used
-}
-
-// parseCPU adds up utime and stime of proc_pid_stat(5), the 12th and 13th fields after the program's name, which may
-// hold spaces and parentheses.
-func parseCPU(stat string) (used time.Duration, err error) {
-	fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
-	if len(fields) < 13 {
-		return 0, fmt.Errorf("%q is not as proc_pid_stat(5) says", stat)
-	}
-	for _, field := range fields[11:13] {
-		ticks, err := strconv.ParseInt(field, 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("%q is not as proc_pid_stat(5) says: %w", stat, err)
-		}
-		used += time.Duration(ticks) * clockTick
-	}
-	return used, nil
-}
-
 // usage is how much CPU time was used during a time.
 type usage struct{ took, coordinator, agents time.Duration }
 
@@ -100,13 +39,13 @@ type measurement struct {
 
 func begin(t farmtest.T, pid int) measurement {
 	t.Helper()
-	return measurement{pid: pid, since: time.Now(), usage: usage{coordinator: cpuTime(t, pid), agents: cpuTime(t, os.Getpid())}}
+	return measurement{pid: pid, since: time.Now(), usage: usage{coordinator: load.CPUTime(t, pid), agents: load.CPUTime(t, os.Getpid())}}
 }
 
 func (m measurement) end(t farmtest.T) usage {
 	t.Helper()
 	return usage{
-		took: time.Since(m.since), coordinator: cpuTime(t, m.pid) - m.coordinator, agents: cpuTime(t, os.Getpid()) - m.agents,
+		took: time.Since(m.since), coordinator: load.CPUTime(t, m.pid) - m.coordinator, agents: load.CPUTime(t, os.Getpid()) - m.agents,
 	}
 }
 

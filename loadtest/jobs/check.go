@@ -4,14 +4,21 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
 	"github.com/archfarm/archfarm/loadtest/load"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
-// maxShown is how many faults of a kind are told.
-const maxShown = 5
+const (
+	// maxShown is how many faults of a kind are told.
+	maxShown = 5
+	// letGo is how long the coordinator may take to let go of what is over. Afterwards it has no more goroutines than
+	// before but for those of idle connections, and no more memory but for caches, in bytes.
+	letGo                      = 30 * time.Second
+	spareGoroutines, spareHeap = 100, 64 << 20
+)
 
 // faults counts what is wrong, and tells the first of it.
 type faults struct {
@@ -44,6 +51,23 @@ func (r *run) check(ctx context.Context, t farmtest.T, ids map[int]string, out i
 		r.checkTags(ctx, t, ids)
 		fmt.Fprintf(out, "checked: %d tags in the registry and the ledger, each bound once\n", len(ids))
 	}
+}
+
+// checkHeld waits until the coordinator has let go of what the jobs were run with.
+func (r *run) checkHeld(t farmtest.T, before load.Held, out io.Writer) {
+	t.Helper()
+	pid := r.farm.Coordinator.Pid()
+	after := load.Holds(t, r.farm.HTTP, pid)
+	more := func() bool {
+		return after.Goroutines > before.Goroutines+spareGoroutines || after.Heap > before.Heap+spareHeap
+	}
+	for limit := time.Now().Add(letGo); more() && time.Now().Before(limit); after = load.Holds(t, r.farm.HTTP, pid) {
+		time.Sleep(10 * lookEvery)
+	}
+	if more() {
+		t.Errorf("the coordinator keeps more than it had before the jobs")
+	}
+	fmt.Fprintf(out, "coordinator before: %s\ncoordinator after:  %s\n", before, after)
 }
 
 // checkJobs goes through the list of all jobs, and returns how many attempts there were.

@@ -21,7 +21,7 @@ const (
 	// repositories that the jobs publish to in turn.
 	repositories = 50
 	// lookEvery is the time between two looks at how far the jobs are.
-	lookEvery = time.Second
+	lookEvery = 100 * time.Millisecond
 )
 
 var platforms = []string{"linux/amd64", "linux/arm64"}
@@ -43,6 +43,8 @@ func measure(ctx context.Context, t farmtest.T, o options, out io.Writer) {
 	r.start(ctx, t)
 	fmt.Fprintf(out, "%d jobs of %d platforms by %d clients, %d stub workers with %d slots each, on %d CPUs that clients, workers and the registry share; %s\n",
 		o.Jobs, o.Platforms, o.Clients, o.Workers, o.Slots, runtime.NumCPU(), runtime.Version())
+	r.connect(ctx, t)
+	before := load.Holds(t, r.farm.HTTP, r.farm.Coordinator.Pid())
 	begun, cpu, own := time.Now(), load.CPUTime(t, r.farm.Coordinator.Pid()), load.CPUTime(t, os.Getpid())
 	ids, submitted := load.Submit(ctx, t, r.clients, o.Jobs, r.spec, func(i int, id string) {
 		if i%max(1, o.Jobs/max(1, o.Watched)) == 0 {
@@ -54,23 +56,21 @@ func measure(ctx context.Context, t farmtest.T, o options, out io.Writer) {
 		r.restart(ctx, t, begun, out)
 		cpu = 0 // another process
 	}
-	r.await(ctx, t, 0)
+	r.awaitEnd(ctx, t)
 	took := time.Since(begun)
 	pid := r.farm.Coordinator.Pid()
 	fmt.Fprintf(out, "ended: %.1f s after the first was submitted, %.0f jobs and %.0f legs a second\n", took.Seconds(), float64(o.Jobs)/took.Seconds(), float64(o.Jobs*o.Platforms)/took.Seconds())
 	fmt.Fprintf(out, "coordinator: peak memory %.0f MiB, CPU time %.1f s, %.1f ms a job; clients and workers %.1f s\n", float64(load.Peak(t, pid))/(1<<20),
 		(load.CPUTime(t, pid) - cpu).Seconds(), (load.CPUTime(t, pid)-cpu).Seconds()*1000/float64(o.Jobs), (load.CPUTime(t, os.Getpid()) - own).Seconds())
 	r.check(ctx, t, ids, out)
+	r.checkHeld(t, before, out)
 }
 
 // start starts the farm, the registry with what the workers would push, and the workers.
 func (r *run) start(ctx context.Context, t farmtest.T) {
 	t.Helper()
 	tools := farmtest.FindFarmTools(t)
-	args := []string{"--max-builds", "4000", "--history=" + strconv.FormatBool(r.History)}
-	if r.Pprof {
-		args = append(args, "--pprof")
-	}
+	args := []string{"--max-builds", "4000", "--history=" + strconv.FormatBool(r.History), "--pprof"}
 	r.buildkit.Images = map[string]load.Image{}
 	for _, p := range platforms[:r.Platforms] {
 		r.buildkit.Images[p] = load.NewImage(t, p)
@@ -84,9 +84,7 @@ func (r *run) start(ctx context.Context, t farmtest.T) {
 		}
 	}
 	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{CoordinatorArgs: args})
-	if r.Pprof {
-		t.Logf("profiles: %s/debug/pprof/", r.farm.HTTP)
-	}
+	t.Logf("profiles: %s/debug/pprof/", r.farm.HTTP)
 	r.clients = load.Clients(t, r.farm.Addr, r.options.Clients)
 	r.context = load.Upload(ctx, t, r.clients[0])
 	load.StartWorkers(ctx, t, r.buildkit.Serve(t), strings.TrimPrefix(r.farm.Addr, "tcp://"), r.Workers, r.Slots, platforms...)
@@ -101,6 +99,16 @@ func (r *run) start(ctx context.Context, t farmtest.T) {
 	})
 }
 
+// connect has every client connected, which the coordinator holds on to until the clients leave.
+func (r *run) connect(ctx context.Context, t farmtest.T) {
+	t.Helper()
+	for _, c := range r.clients {
+		for j, err := range c.List(ctx, &archfarmv1.ListRequest{PageSize: 1}) {
+			t.Fatalf("a new coordinator has the job %s: %v", j.GetId(), err)
+		}
+	}
+}
+
 // name is the repository of a job, within the registry.
 func name(job int) string { return fmt.Sprintf("load/app-%02d", job%repositories) }
 
@@ -112,39 +120,45 @@ func (r *run) spec(i int) *archfarmv1.JobSpec {
 	return load.Spec(r.context, platforms[:r.Platforms], tags)
 }
 
-// restart kills the coordinator once a third of the jobs has ended, and starts it again.
+// restart kills the coordinator once a third of the legs has reached a worker, and starts it again.
 func (r *run) restart(ctx context.Context, t farmtest.T, begun time.Time, out io.Writer) {
 	t.Helper()
-	r.await(ctx, t, r.Jobs-r.Jobs/3)
+	await(ctx, t, "a third of the legs is at work", func() error {
+		if legs := r.buildkit.Solves.Load(); legs < int64(r.Jobs*r.Platforms/3) {
+			return fmt.Errorf("%d legs have been", legs)
+		}
+		return nil
+	})
 	killed := time.Since(begun)
 	r.farm.Coordinator.Kill()
 	r.farm.RestartCoordinator(t)
 	fmt.Fprintf(out, "the coordinator was killed after %.1f s, and started again\n", killed.Seconds())
 }
 
-// await waits until no more than so many jobs have not ended.
-func (r *run) await(ctx context.Context, t farmtest.T, most int) {
+// awaitEnd waits until every job has ended.
+func (r *run) awaitEnd(ctx context.Context, t farmtest.T) {
 	t.Helper()
-	open := archfarmv1.ListRequest{States: []archfarmv1.Job_State{archfarmv1.Job_STATE_QUEUED, archfarmv1.Job_STATE_RUNNING, archfarmv1.Job_STATE_PUBLISHING}, PageSize: 1000}
+	open := []archfarmv1.Job_State{archfarmv1.Job_STATE_QUEUED, archfarmv1.Job_STATE_RUNNING, archfarmv1.Job_STATE_PUBLISHING}
+	await(ctx, t, "every job has ended", func() error {
+		for j, err := range r.clients[0].List(ctx, &archfarmv1.ListRequest{States: open, PageSize: 1}) { // no more than is looked at
+			if err != nil {
+				return err
+			}
+			return fmt.Errorf("job %s is %s", j.GetId(), j.GetState())
+		}
+		return nil
+	})
+}
+
+// await waits until nothing is missing.
+func await(ctx context.Context, t farmtest.T, what string, missing func() error) {
+	t.Helper()
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
-	for {
-		n := 0
-		var err error
-		for _, err = range r.clients[0].List(ctx, &archfarmv1.ListRequest{States: open.GetStates(), PageSize: open.GetPageSize()}) {
-			if err != nil {
-				break
-			}
-			if n++; n > most {
-				break // it is not time yet
-			}
-		}
-		if err == nil && n <= most {
-			return
-		}
+	for err := missing(); err != nil; err = missing() {
 		select {
 		case <-ctx.Done():
-			t.Fatalf("more than %d jobs have not ended: %v; last error: %v", most, context.Cause(ctx), err)
+			t.Fatalf("waiting until %s: %v; %v", what, err, context.Cause(ctx))
 		case <-tick.C:
 		}
 	}

@@ -38,9 +38,8 @@ type options struct {
 	Platforms      int  // of each job, 1 or 2
 	Publish        bool // to a registry
 	Watched        int  // jobs that are watched from their first event on
-	Kill           bool // the coordinator, once a third of the jobs has ended
+	Kill           bool // the coordinator, once a third of the legs is at work
 	History        bool // the builds' records are kept
-	Pprof          bool
 	Limit          time.Duration
 }
 
@@ -58,7 +57,6 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.Watched, "watched", 200, "jobs that are watched")
 	flags.BoolVar(&o.Kill, "kill", false, "kill the coordinator on the way, and start it again")
 	flags.BoolVar(&o.History, "history", true, "keep records of the builds, as coordinators do unless told otherwise")
-	flags.BoolVar(&o.Pprof, "pprof", false, "have the coordinator serve profiles, and say where")
 	flags.DurationVar(&o.Limit, "limit", 15*time.Minute, "give up after this time")
 	flags.BoolVar(&short, "short", false, "few jobs, to see that it runs; the other flags are ignored")
 	if err := flags.Parse(args); err != nil {

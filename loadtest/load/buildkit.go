@@ -123,6 +123,11 @@ func (k *BuildKit) ListenBuildHistory(req *controlapi.BuildHistoryRequest, strea
 	})
 }
 
+// UpdateBuildHistory implements controlapi.ControlServer: no record has a trace to complete.
+func (k *BuildKit) UpdateBuildHistory(context.Context, *controlapi.UpdateBuildHistoryRequest) (*controlapi.UpdateBuildHistoryResponse, error) {
+	return &controlapi.UpdateBuildHistoryResponse{}, nil
+}
+
 // Session implements controlapi.ControlServer: it asks nothing of the client.
 func (k *BuildKit) Session(stream controlapi.Control_SessionServer) error {
 	for {

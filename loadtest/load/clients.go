@@ -59,7 +59,7 @@ func Spec(from *archfarmv1.BuildContext, platforms, tags []string) *archfarmv1.J
 // error. It returns the ids of those that are, by number, and how long that took. Done, unless nil, is called with each.
 func Submit(ctx context.Context, t farmtest.T, clients []*client.Client, number int, spec func(i int) *archfarmv1.JobSpec, done func(i int, id string)) (ids map[int]string, took time.Duration) {
 	t.Helper()
-	ids = make(map[int]string, number)
+	ids = map[int]string{} // number may be beyond what fits into memory
 	var next atomic.Int64
 	var mu sync.Mutex
 	var failed error
