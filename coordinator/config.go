@@ -20,6 +20,8 @@ const (
 	DefaultHTTP         = "127.0.0.1:8373"
 	DefaultGossip       = "127.0.0.1:7946"
 	DefaultDrainTimeout = 10 * time.Minute
+	DefaultLegAttempts  = 3
+	DefaultFailoverWait = 2 * time.Minute
 	DefaultMaxBuilds    = 1000
 	DefaultMaxSessions  = 4000
 	DefaultMaxJobs      = 100
@@ -89,6 +91,11 @@ type Config struct {
 	// sessions are open; more are refused. A build that waits takes some 180 KiB, a
 	// session 120 KiB; a build that prints much up to 32 MiB.
 	MaxBuilds, MaxSessions int
+	// LegAttempts is on how many workers a leg is tried when they are lost. FailoverWait
+	// is for how long it waits for a lost worker when no other runs its platform; negative:
+	// it does not.
+	LegAttempts  int
+	FailoverWait time.Duration
 	// AllowEmulation names the pools whose workers may emulate platforms that no worker
 	// runs natively.
 	AllowEmulation []string
@@ -144,6 +151,8 @@ func (c *Config) validate() error {
 	if c.MaxSessions <= 0 {
 		c.MaxSessions = DefaultMaxSessions
 	}
+	c.LegAttempts = cmp.Or(max(c.LegAttempts, 0), DefaultLegAttempts)
+	c.FailoverWait = cmp.Or(c.FailoverWait, DefaultFailoverWait)
 	c.jobDefaults()
 	for _, pool := range c.AllowEmulation {
 		if !identity.ValidName(pool) {

@@ -112,7 +112,7 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	}
 	farm := &dispatch.Farm{
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
-		Publishing: publishing(cfg.Policy), Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
+		Publishing: publishing(cfg.Policy), Attempts: cfg.LegAttempts, FailoverWait: cfg.FailoverWait, Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
 	}
 	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), cfg.SpoolMaxSize)
 	if err != nil {

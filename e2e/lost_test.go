@@ -15,6 +15,16 @@ const goneLimit = 5 * time.Second
 // oneSlot is a farm of one amd64 machine that builds one thing at a time.
 func oneSlot() farmtest.WorkerSpec { return farmtest.WorkerSpec{Name: "amd-1", Slots: 1} }
 
+// alone is a farm of one machine of each kind that does not wait for one that is lost.
+func alone(t *testing.T) rig {
+	t.Helper()
+	farmOnly(t)
+	return newFarm(t, farmtest.FarmOptions{
+		Workers:         []farmtest.WorkerSpec{oneSlot(), {Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1}},
+		CoordinatorArgs: []string{"--failover-wait", "0"},
+	})
+}
+
 // atGate starts a build whose RUN step waits at a gate, and returns when it waits there.
 func (r rig) atGate(t *testing.T, tag, platforms string) (*farmtest.Process, *farmtest.Gate) {
 	t.Helper()
@@ -38,7 +48,7 @@ func TestLost_WorkerMidBuildIsNamed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newFarmRig(t, oneSlot(), farmtest.WorkerSpec{Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1})
+			r := alone(t)
 			build, _ := r.atGate(t, "v1", both)
 			kill(r.Farm.Workers[0])
 			if code := build.Wait(t, 20*time.Second); code == 0 {
@@ -57,7 +67,7 @@ const frozenLimit = 15 * time.Second
 // TestLost_AFrozenWorkerIsNamed stops a worker's agent as a machine that hangs does: its connections stay open.
 func TestLost_AFrozenWorkerIsNamed(t *testing.T) {
 	t.Parallel()
-	r := newFarmRig(t, oneSlot(), farmtest.WorkerSpec{Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1})
+	r := alone(t)
 	build, gate := r.atGate(t, "v1", both)
 	agent := r.Farm.Workers[0].Agent
 	agent.Signal(syscall.SIGSTOP)

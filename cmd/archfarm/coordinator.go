@@ -55,6 +55,8 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.Duration("drain-timeout", coordinator.DefaultDrainTimeout, "how long running builds may take to end after SIGTERM")
 	flags.Int("max-builds", coordinator.DefaultMaxBuilds, "how many builds may run or wait at a time; more are refused")
 	flags.Int("max-sessions", coordinator.DefaultMaxSessions, "how many client sessions may be open at a time; more are refused")
+	flags.Int("leg-attempts", coordinator.DefaultLegAttempts, "on how many workers a build is tried when they are lost on the way; 1: it is not continued elsewhere")
+	flags.Duration("failover-wait", coordinator.DefaultFailoverWait, "how long a build whose worker was lost waits for it to come back, when no other runs its platform; 0: not at all")
 	flags.StringArray("allow-emulation", nil, "pool whose workers may emulate platforms that no worker runs natively; may repeat")
 	flags.Int64("spool-max-size", export.DefaultSpoolLimit, "bytes of disk that archives merged from several platforms may take while they are made")
 	historyFlags(flags)
@@ -75,6 +77,19 @@ func jobFlags(flags *pflag.FlagSet) {
 	flags.Duration("job-lease", coordinator.DefaultLease, "how long another coordinator waits before it goes on with the jobs of one that is lost")
 	flags.Duration("job-worker-wait", coordinator.DefaultWorkerWait, "how long a job waits for a worker of its platform to be attached, before it is tried all the same")
 	flags.Int64("max-context-size", coordinator.DefaultMaxContext, "bytes that an uploaded context may have")
+}
+
+func failoverConfig(flags *pflag.FlagSet, cfg *coordinator.Config) error {
+	if cfg.LegAttempts, _ = flags.GetInt("leg-attempts"); cfg.LegAttempts < 1 {
+		return usageError{fmt.Errorf("--leg-attempts %d: at least 1 must be possible", cfg.LegAttempts)}
+	}
+	switch cfg.FailoverWait, _ = flags.GetDuration("failover-wait"); {
+	case cfg.FailoverWait < 0:
+		return usageError{errors.New("--failover-wait must not be negative")}
+	case cfg.FailoverWait == 0:
+		cfg.FailoverWait = -1 // of a Config, 0 is the default
+	}
+	return nil
 }
 
 func jobConfig(flags *pflag.FlagSet, cfg *coordinator.Config) error {
@@ -191,6 +206,6 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 	if cfg.SpoolMaxSize, _ = flags.GetInt64("spool-max-size"); cfg.SpoolMaxSize <= 0 {
 		return cfg, usageError{errors.New("--spool-max-size must be positive")}
 	}
-	err = errors.Join(historyConfig(flags, &cfg), jobConfig(flags, &cfg)) // before cfg is copied
+	err = errors.Join(historyConfig(flags, &cfg), failoverConfig(flags, &cfg), jobConfig(flags, &cfg)) // before cfg is copied
 	return cfg, err
 }

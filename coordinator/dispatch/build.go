@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
@@ -37,8 +38,13 @@ type Farm struct {
 	Spool     *export.Spool
 	// Publishing is who gives tags to an image of one leg; nil: its worker. See split.PlanSole.
 	Publishing func(repository string) split.Publishing
-	Metrics    *Metrics
-	Log        *slog.Logger
+	// Attempts is on how many workers a leg is tried when they are lost; up to 1: it is
+	// not continued elsewhere. FailoverWait is for how long it waits for a lost worker to
+	// come back when no other would do.
+	Attempts     int
+	FailoverWait time.Duration
+	Metrics      *Metrics
+	Log          *slog.Logger
 }
 
 // Build is one client request while it runs.
@@ -59,6 +65,9 @@ type Build struct {
 	cancel context.CancelCauseFunc
 	detach func() bool // from the request
 
+	rescuing    context.Context // of rescues: b.ctx, until the build ends
+	stopRescues context.CancelFunc
+
 	forgotten bool // it has ended, and is only kept for late questions; guarded by Builds.mu
 
 	starting sync.Mutex // one frontend call starts the legs, others wait for it
@@ -71,8 +80,11 @@ type Build struct {
 	merge      *export.Merge   // of what the legs export, nil where nothing is captured; set before the legs
 	ending     sync.WaitGroup  // legs that have finished, and are being let go
 	vacated    []*leg          // legs that have moved away, whose slots are kept for siblings that move
-	refs       map[string]*leg // results and the mounts of errors, by the worker's id
+	refs       map[string]held // results and the mounts of errors, by the id that the client knows
 	containers map[string]*leg
+	over       bool           // no leg is continued elsewhere any more
+	rescues    sync.WaitGroup // of legs
+	turns      map[string]*sync.Mutex
 	extra      []string         // sessions that only a frontend call named
 	inputs     []*pb.Definition // of the frontend
 
@@ -107,12 +119,13 @@ func (f *Farm) Begin(ctx context.Context, req *controlapi.SolveRequest) (*Build,
 func (f *Farm) newBuild(ctx context.Context, req *controlapi.SolveRequest) *Build {
 	b := &Build{
 		Progress: progress.NewStream(0), farm: f, who: identity.FromContext(ctx), client: clientOf(ctx), warned: progress.NewWarned(), req: req, log: f.Log.With("build", req.GetRef()),
-		refs: map[string]*leg{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
+		refs: map[string]held{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
 	}
 	// The build outlives its request by the rest of its progress; until it has its
 	// answer it ends with the request.
 	b.ctx, b.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	b.detach = context.AfterFunc(ctx, func() { b.cancel(context.Cause(ctx)) })
+	b.rescuing, b.stopRescues = context.WithCancel(b.ctx)
 	return b
 }
 
@@ -131,6 +144,7 @@ func (b *Build) End(reason error) {
 		b.starting.Lock()
 	}
 	defer b.starting.Unlock()
+	b.endRescues()
 	legs := b.running()
 	ended := endAll(legs, reason)
 	for _, l := range legs {
@@ -197,7 +211,7 @@ func (b *Build) Return(req *gwpb.ReturnRequest) error {
 		return status.Error(codes.InvalidArgument, "result is required")
 	}
 	for _, ref := range split.Refs(req.GetResult()) {
-		if _, err := b.owner(ref.GetId()); err != nil {
+		if _, _, err := b.owner(ref.GetId()); err != nil {
 			return status.Errorf(codes.NotFound, "return reference %s not found", ref.GetId())
 		}
 	}
@@ -217,28 +231,40 @@ func (b *Build) publish(s *controlapi.StatusResponse) {
 	}
 }
 
-// owner returns the leg that a reference belongs to.
-func (b *Build) owner(ref string) (*leg, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if l, ok := b.refs[ref]; ok {
-		return l, nil
-	}
-	if len(b.legs) == 1 { // its worker knows what it has told the client by other ways, as session exporters are
-		return b.legs[0], nil
-	}
-	return nil, status.Errorf(codes.NotFound, "no such ref: %s", ref)
+// held is something that a leg's worker has, under the worker's id.
+type held struct {
+	leg *leg
+	id  string
 }
 
-// remember notes what a leg returned, so that later calls find the leg.
-func (b *Build) remember(l *leg, resp *gwpb.SolveResponse) {
+// owner returns the leg that a reference belongs to, and what its worker calls that.
+func (b *Build) owner(ref string) (*leg, string, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if h, ok := b.refs[ref]; ok {
+		return h.leg, h.id, nil
+	}
+	if len(b.legs) == 1 { // its worker knows what it has told the client by other ways, as session exporters are
+		return b.legs[0], ref, nil
+	}
+	return nil, "", status.Errorf(codes.NotFound, "no such ref: %s", ref)
+}
+
+// remember notes what a leg was asked and returned, so that later calls find the leg.
+// It is too late for that when the leg is being continued elsewhere, and the answer
+// nobody's.
+func (b *Build) remember(l *leg, req *gwpb.SolveRequest, resp *gwpb.SolveResponse) (known bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if l.retired {
+		return false
+	}
+	l.record(req, resp)
 	if id := resp.GetRef(); id != "" {
-		b.refs[id] = l
+		b.refs[id] = held{l, id}
 	}
 	for _, ref := range split.Refs(resp.GetResult()) {
-		b.refs[ref.GetId()] = l
+		b.refs[ref.GetId()] = held{l, ref.GetId()}
 		b.client.built(l, ref.GetDef())
 	}
 	if refs, ok := resp.GetResult().GetResult().(*gwpb.Result_Refs); ok && len(refs.Refs.GetRefs()) == 1 {
@@ -246,6 +272,7 @@ func (b *Build) remember(l *leg, resp *gwpb.SolveResponse) {
 			l.key = key
 		}
 	}
+	return true
 }
 
 // LegRecord is where a leg ran: what is needed to ask the worker about it later.

@@ -71,21 +71,35 @@ func (b *Build) Export(ctx context.Context, result *gwpb.Result) (*Exported, err
 	b.beginMerging(client, found, shares)
 	parts := make([]exported, len(shares))
 	group, groupCtx := errgroup.WithContext(ctx)
-	for i, s := range shares {
-		group.Go(func() error {
-			out, err := s.leg.result(groupCtx, s.result, b.exports)
-			if err != nil {
-				return err
-			}
-			parts[i] = out
-			b.ending.Go(func() { s.leg.end(nil) }) // its slot is free while others still run, and its status may lag
-			return nil
+	for i := range shares {
+		group.Go(func() (err error) {
+			parts[i], err = b.finish(groupCtx, &shares[i])
+			return err
 		})
 	}
 	if err := group.Wait(); err != nil {
 		return nil, b.blame(err)
 	}
 	return b.collect(shares, parts, result)
+}
+
+// finish lets a leg export its share of the result, on as many workers as it takes.
+func (b *Build) finish(ctx context.Context, s *share) (exported, error) {
+	for {
+		part, err := b.translate(s.leg, s.result)
+		if err != nil {
+			return exported{}, err
+		}
+		out, err := s.leg.result(ctx, part, b.exports)
+		if err == nil {
+			l := s.leg
+			b.ending.Go(func() { l.end(nil) }) // its slot is free while others still run, and its status may lag
+			return out, nil
+		}
+		if s.leg, err = b.goOn(ctx, s.leg, err); err != nil {
+			return exported{}, err
+		}
+	}
 }
 
 // shares gives each leg its part of the result, in the order of the result's
@@ -216,7 +230,7 @@ func (b *Build) owns(l *leg, key, ref string) bool {
 	if ref == "" {
 		return key == l.key || len(b.running()) == 1
 	}
-	owner, err := b.owner(ref)
+	owner, _, err := b.owner(ref)
 	return err == nil && owner == l
 }
 

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -13,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/split"
@@ -112,15 +114,56 @@ func withoutDefinitions(result *gwpb.Result) {
 	}
 }
 
+// method is one of the gateway's calls, as gwpb.LLBBridgeClient.Evaluate.
+type method[Req, Resp any] func(gwpb.LLBBridgeClient, context.Context, Req, ...grpc.CallOption) (Resp, error)
+
 // ask runs one of the build's gateway calls on a leg's worker. What the worker keeps
 // of a step that failed, for containers to look into, it names in the error.
-func ask[Req, Resp any](ctx context.Context, l *leg, f func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req) (Resp, error) {
+func ask[Req, Resp any](ctx context.Context, l *leg, m method[Req, Resp], req Req) (Resp, error) {
 	defer l.busy()()
-	resp, err := call(ctx, l.attempt, f, req)
+	bound := func(ctx context.Context, req Req, options ...grpc.CallOption) (Resp, error) {
+		return m(l.attempt.gateway, ctx, req, options...)
+	}
+	resp, err := call(ctx, l.attempt, bound, req)
 	if err != nil {
 		l.build.rememberFailure(l, err)
 	}
 	return resp, err
+}
+
+// askAbout is ask for a call about a reference, of which the request is made: on
+// whichever worker has it, also when that is lost meanwhile.
+func askAbout[Req, Resp any](ctx context.Context, b *Build, ref string, m method[Req, Resp], about func(id string) Req) (Resp, error) {
+	for {
+		l, id, err := b.owner(ref)
+		var resp Resp
+		if err != nil {
+			return resp, err
+		}
+		if resp, err = ask(ctx, l, m, about(id)); err == nil {
+			return resp, nil
+		}
+		if _, err := b.goOn(ctx, l, err); err != nil {
+			return resp, err
+		}
+	}
+}
+
+// askAny is ask for a call that any worker answers, best one of the platform.
+func askAny[Req, Resp any](ctx context.Context, b *Build, p *split.Leg, m method[Req, Resp], req Req) (Resp, error) {
+	for {
+		l, err := b.any(ctx, p)
+		var resp Resp
+		if err != nil {
+			return resp, err
+		}
+		if resp, err = ask(ctx, l, m, req); err == nil {
+			return resp, nil
+		}
+		if _, err := b.goOn(ctx, l, err); err != nil {
+			return resp, err
+		}
+	}
 }
 
 // rememberFailure notes whose the inputs and mounts of a failed step are.
@@ -133,7 +176,7 @@ func (b *Build) rememberFailure(l *leg, err error) {
 	defer b.mu.Unlock()
 	for _, id := range slices.Concat(failed.InputIDs, failed.MountIDs) {
 		if id != "" {
-			b.refs[id] = l
+			b.refs[id] = held{l, id}
 		}
 	}
 }
@@ -169,56 +212,48 @@ func (b *Build) any(ctx context.Context, platform *split.Leg) (*leg, error) {
 
 // ResolveImageConfig asks the worker of the platform in question.
 func (b *Build) ResolveImageConfig(ctx context.Context, req *gwpb.ResolveImageConfigRequest) (*gwpb.ResolveImageConfigResponse, error) {
-	l, err := b.any(ctx, split.PlatformLeg(req.GetPlatform()))
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.ResolveImageConfig, req)
+	return askAny(ctx, b, split.PlatformLeg(req.GetPlatform()), gwpb.LLBBridgeClient.ResolveImageConfig, req)
 }
 
 // ResolveSourceMeta asks the worker of the platform in question.
 func (b *Build) ResolveSourceMeta(ctx context.Context, req *gwpb.ResolveSourceMetaRequest) (*gwpb.ResolveSourceMetaResponse, error) {
-	l, err := b.any(ctx, split.PlatformLeg(req.GetPlatform()))
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.ResolveSourceMeta, req)
+	return askAny(ctx, b, split.PlatformLeg(req.GetPlatform()), gwpb.LLBBridgeClient.ResolveSourceMeta, req)
 }
 
 // ReadFile reads from a result, on the worker that has it.
 func (b *Build) ReadFile(ctx context.Context, req *gwpb.ReadFileRequest) (*gwpb.ReadFileResponse, error) {
-	l, err := b.owner(req.GetRef())
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.ReadFile, req)
+	return askAbout(ctx, b, req.GetRef(), gwpb.LLBBridgeClient.ReadFile, func(id string) *gwpb.ReadFileRequest {
+		own := proto.CloneOf(req)
+		own.Ref = id
+		return own
+	})
 }
 
 // ReadDir lists a directory of a result.
 func (b *Build) ReadDir(ctx context.Context, req *gwpb.ReadDirRequest) (*gwpb.ReadDirResponse, error) {
-	l, err := b.owner(req.GetRef())
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.ReadDir, req)
+	return askAbout(ctx, b, req.GetRef(), gwpb.LLBBridgeClient.ReadDir, func(id string) *gwpb.ReadDirRequest {
+		own := proto.CloneOf(req)
+		own.Ref = id
+		return own
+	})
 }
 
 // StatFile describes a file of a result.
 func (b *Build) StatFile(ctx context.Context, req *gwpb.StatFileRequest) (*gwpb.StatFileResponse, error) {
-	l, err := b.owner(req.GetRef())
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.StatFile, req)
+	return askAbout(ctx, b, req.GetRef(), gwpb.LLBBridgeClient.StatFile, func(id string) *gwpb.StatFileRequest {
+		own := proto.CloneOf(req)
+		own.Ref = id
+		return own
+	})
 }
 
 // Evaluate makes a result's steps run now.
 func (b *Build) Evaluate(ctx context.Context, req *gwpb.EvaluateRequest) (*gwpb.EvaluateResponse, error) {
-	l, err := b.owner(req.GetRef())
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.Evaluate, req)
+	return askAbout(ctx, b, req.GetRef(), gwpb.LLBBridgeClient.Evaluate, func(id string) *gwpb.EvaluateRequest {
+		own := proto.CloneOf(req)
+		own.Ref = id
+		return own
+	})
 }
 
 // Inputs returns the definitions that the client gave its frontend.
@@ -228,59 +263,74 @@ func (b *Build) Inputs(context.Context, *gwpb.InputsRequest) (*gwpb.InputsRespon
 
 // Warn adds a warning to the build's progress.
 func (b *Build) Warn(ctx context.Context, req *gwpb.WarnRequest) (*gwpb.WarnResponse, error) {
-	l, err := b.any(ctx, nil)
-	if err != nil {
-		return nil, err
-	}
-	return ask(ctx, l, l.attempt.gateway.Warn, req)
+	return askAny(ctx, b, nil, gwpb.LLBBridgeClient.Warn, req)
 }
 
 // NewContainer starts a container on the worker that has the results it mounts.
 func (b *Build) NewContainer(ctx context.Context, req *gwpb.NewContainerRequest) (*gwpb.NewContainerResponse, error) {
-	l, err := b.containerLeg(ctx, req)
-	if err != nil {
-		return nil, err
-	}
-	if p := split.PlatformLeg(req.GetPlatform()); p != nil && !schedule.Runs(l.worker.Platforms, p.Platform) && !l.emulates(p.Platform) {
-		return nil, l.refusal(split.Exec{Name: "container " + req.GetContainerID(), Platform: &p.Platform})
-	}
-	resp, err := ask(ctx, l, l.attempt.gateway.NewContainer, req)
-	if err != nil {
-		return nil, err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.containers[req.GetContainerID()] = l
-	return resp, nil
-}
-
-func (b *Build) containerLeg(ctx context.Context, req *gwpb.NewContainerRequest) (*leg, error) {
-	for _, mount := range req.GetMounts() {
-		if mount.GetResultID() != "" {
-			if l, err := b.owner(mount.GetResultID()); err == nil {
-				return l, nil
-			}
+	for {
+		l, own, err := b.containerLeg(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		if p := split.PlatformLeg(req.GetPlatform()); p != nil && !schedule.Runs(l.worker.Platforms, p.Platform) && !l.emulates(p.Platform) {
+			return nil, l.refusal(split.Exec{Name: "container " + req.GetContainerID(), Platform: &p.Platform})
+		}
+		resp, err := ask(ctx, l, gwpb.LLBBridgeClient.NewContainer, own)
+		if err == nil {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.containers[req.GetContainerID()] = l
+			return resp, nil
+		}
+		if _, err := b.goOn(ctx, l, err); err != nil {
+			return nil, err
 		}
 	}
-	return b.any(ctx, split.PlatformLeg(req.GetPlatform()))
+}
+
+// containerLeg returns the leg that has the results which a container mounts, and the
+// request as its worker understands it.
+func (b *Build) containerLeg(ctx context.Context, req *gwpb.NewContainerRequest) (at *leg, own *gwpb.NewContainerRequest, err error) {
+	own = proto.CloneOf(req)
+	for _, mount := range own.GetMounts() {
+		if mount.GetResultID() == "" {
+			continue
+		}
+		if l, id, err := b.owner(mount.GetResultID()); err == nil {
+			mount.ResultID = id
+			at = cmp.Or(at, l)
+		}
+	}
+	if at == nil {
+		at, err = b.any(ctx, split.PlatformLeg(req.GetPlatform()))
+	}
+	return at, own, err
 }
 
 func (b *Build) container(id string) (*leg, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if l, ok := b.containers[id]; ok {
-		return l, nil
+	l, ok := b.containers[id]
+	switch {
+	case !ok:
+		return nil, status.Errorf(codes.NotFound, "container details for %s not found", id)
+	case l.retired:
+		return nil, status.Errorf(codes.Unavailable, "container %s was on worker %s, which was lost: containers do not go on elsewhere", id, l.worker.Name)
 	}
-	return nil, status.Errorf(codes.NotFound, "container details for %s not found", id)
+	return l, nil
 }
 
 // ReleaseContainer ends a container.
 func (b *Build) ReleaseContainer(ctx context.Context, req *gwpb.ReleaseContainerRequest) (*gwpb.ReleaseContainerResponse, error) {
 	l, err := b.container(req.GetContainerID())
+	if status.Code(err) == codes.Unavailable { // it has ended with its worker
+		return &gwpb.ReleaseContainerResponse{}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	return ask(ctx, l, l.attempt.gateway.ReleaseContainer, req)
+	return ask(ctx, l, gwpb.LLBBridgeClient.ReleaseContainer, req)
 }
 
 // ReadFileContainer reads a file of a running container.
@@ -289,7 +339,7 @@ func (b *Build) ReadFileContainer(ctx context.Context, req *gwpb.ReadFileRequest
 	if err != nil {
 		return nil, err
 	}
-	return ask(ctx, l, l.attempt.gateway.ReadFileContainer, req)
+	return ask(ctx, l, gwpb.LLBBridgeClient.ReadFileContainer, req)
 }
 
 // ReadDirContainer lists a directory of a running container.
@@ -298,7 +348,7 @@ func (b *Build) ReadDirContainer(ctx context.Context, req *gwpb.ReadDirRequest) 
 	if err != nil {
 		return nil, err
 	}
-	return ask(ctx, l, l.attempt.gateway.ReadDirContainer, req)
+	return ask(ctx, l, gwpb.LLBBridgeClient.ReadDirContainer, req)
 }
 
 // StatFileContainer describes a file of a running container.
@@ -307,5 +357,5 @@ func (b *Build) StatFileContainer(ctx context.Context, req *gwpb.StatFileRequest
 	if err != nil {
 		return nil, err
 	}
-	return ask(ctx, l, l.attempt.gateway.StatFileContainer, req)
+	return ask(ctx, l, gwpb.LLBBridgeClient.StatFileContainer, req)
 }

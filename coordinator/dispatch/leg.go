@@ -59,10 +59,18 @@ type leg struct {
 	memory   memory    // of the worker
 	begun    time.Time // the attempt; guarded by build.mu, zero: it has not
 	attempt  *Attempt
-	releases map[string]func() // session relays, by the session; guarded by build.mu
-	over     bool              // nothing is relayed any more; likewise
-	moving   chan struct{}     // while it moves, closed when it has; likewise
-	called   sync.Once         // its first call has come, or is known not to
+	releases map[string]func()    // session relays, by the session; guarded by build.mu
+	over     bool                 // nothing is relayed any more; likewise
+	moving   chan struct{}        // while it moves, closed when it has; likewise
+	called   sync.Once            // its first call has come, or is known not to
+	lostOn   []string             // workers that it was on before, and which were lost
+	calls    []exchange           // frontend requests that it has answered; guarded by build.mu
+	size     int                  // of them, in bytes; likewise
+	retold   map[string]retelling // metadata that the worker before told otherwise
+	rescue   *rescue              // when its worker was lost; guarded by build.mu
+	lost     error                // likewise, before the build had its legs; likewise
+	retired  bool                 // others continue it; likewise
+	trial    bool                 // it has not taken the place of another one yet; likewise
 	ending   atomic.Bool
 	ended    chan struct{} // closed when it holds nothing any more
 }
@@ -183,7 +191,7 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 			return nil, l.failed(err, l.worker.Name)
 		}
 	}
-	resp, err := ask(ctx, l, l.attempt.gateway.Solve, req)
+	resp, err := ask(ctx, l, gwpb.LLBBridgeClient.Solve, req)
 	if err != nil {
 		return nil, l.failed(err, l.worker.Name)
 	}
@@ -191,12 +199,14 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 	if err := l.mayExecute(refs); err != nil {
 		return nil, err
 	}
-	l.build.remember(l, resp)
+	if !l.build.remember(l, req, resp) {
+		return nil, l.failed(l.attempt.conn.Lost(), l.worker.Name)
+	}
 	if !evaluate {
 		return resp, nil
 	}
 	for _, ref := range refs {
-		if _, err := ask(ctx, l, l.attempt.gateway.Evaluate, &gwpb.EvaluateRequest{Ref: ref.GetId()}); err != nil {
+		if _, err := ask(ctx, l, gwpb.LLBBridgeClient.Evaluate, &gwpb.EvaluateRequest{Ref: ref.GetId()}); err != nil {
 			return nil, l.failed(err, l.worker.Name)
 		}
 	}
@@ -208,7 +218,7 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 func (l *leg) failed(err error, worker string) error {
 	var lost *build.LostError
 	if errors.As(err, &lost) {
-		return &build.LegError{Platform: l.String(), Worker: worker, Attempt: 1, Err: err}
+		return &build.LegError{Platform: l.String(), Worker: worker, Attempt: len(l.lostOn) + 1, Err: err}
 	}
 	return err
 }
@@ -308,6 +318,12 @@ func described(d *controlapi.Descriptor) (ocispecs.Descriptor, error) {
 func (l *leg) clock(skew time.Duration) { l.log.SetSkew(skew) }
 
 func (l *leg) progress(s *controlapi.StatusResponse) {
+	l.build.mu.Lock()
+	retired := l.retired
+	l.build.mu.Unlock()
+	if retired {
+		return // its steps are begun again elsewhere
+	}
 	if l.split {
 		s = withoutVerdicts(s)
 	}
@@ -324,7 +340,7 @@ func (l *leg) failure(err error) error {
 
 // solved tells the build of a leg that failed by itself.
 func (l *leg) solved(err error) {
-	if err == nil {
+	if err == nil || l.build.rescued(l, err) {
 		return
 	}
 	select {

@@ -79,8 +79,13 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 		return err
 	}
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	b.legs, b.exports = legs, exports
+	b.mu.Unlock()
+	for _, l := range slices.Clone(legs) {
+		if l.lost != nil {
+			b.rescued(l, l.lost)
+		}
+	}
 	return nil
 }
 

@@ -16,6 +16,7 @@ type Metrics struct {
 	queue    *prometheus.HistogramVec
 	emulated *prometheus.CounterVec
 	killed   *prometheus.CounterVec
+	rescues  *prometheus.CounterVec
 }
 
 // NewMetrics registers the metrics of builds.
@@ -29,7 +30,8 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	}
 	m.emulated = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_legs_emulated_total", Help: "Legs that ran where their platform, or that of some of their steps, is emulated."}, []string{"platform", "worker"})
 	m.killed = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_legs_killed_for_memory_total", Help: "Legs that failed while their worker's kernel killed processes for want of memory."}, []string{"worker"})
-	r.MustRegister(m.builds, m.duration, m.running, m.attempts, m.queue, m.emulated, m.killed)
+	m.rescues = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "archfarm_leg_failovers_total", Help: "Legs whose worker was lost, by whether they were continued on another one."}, []string{"platform", "outcome"})
+	r.MustRegister(m.rescues, m.builds, m.duration, m.running, m.attempts, m.queue, m.emulated, m.killed)
 	return m
 }
 
@@ -55,6 +57,14 @@ func (m *Metrics) waited(platform string, d time.Duration) {
 
 func (m *Metrics) emulates(platform, worker string) {
 	m.emulated.WithLabelValues(platform, worker).Inc()
+}
+
+func (m *Metrics) rescued(platform string, err error) {
+	outcome := "continued"
+	if err != nil {
+		outcome = "failed"
+	}
+	m.rescues.WithLabelValues(platform, outcome).Inc()
 }
 
 func (m *Metrics) ranOutOfMemory(worker string) { m.killed.WithLabelValues(worker).Inc() }

@@ -3,14 +3,12 @@ package dispatch
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/split"
 )
@@ -25,11 +23,27 @@ type misplacedError struct {
 func (e *misplacedError) Error() string { return e.refusal.Error() }
 func (e *misplacedError) Unwrap() error { return e.refusal }
 
+// solveSomewhere runs a frontend request on a leg, or on what continues it when its
+// worker is lost.
+func (b *Build) solveSomewhere(ctx context.Context, l *leg, req *gwpb.SolveRequest) (*leg, *gwpb.SolveResponse, error) {
+	for {
+		resp, err := l.solve(ctx, req)
+		if err == nil {
+			return l, resp, nil
+		}
+		next, err := b.goOn(ctx, l, err)
+		if err != nil {
+			return l, nil, err
+		}
+		l = next
+	}
+}
+
 // solveNative runs a frontend request on a leg, which moves to a worker on which
 // its steps are native if they are not where it is. It returns the leg that the
 // answer is of.
 func (b *Build) solveNative(ctx context.Context, l *leg, req *gwpb.SolveRequest) (*leg, *gwpb.SolveResponse, error) {
-	resp, err := l.solve(ctx, req)
+	l, resp, err := b.solveSomewhere(ctx, l, req)
 	if err == nil {
 		return l, resp, nil
 	}
@@ -46,7 +60,7 @@ func (b *Build) solveNative(ctx context.Context, l *leg, req *gwpb.SolveRequest)
 			return l, nil, err
 		}
 	}
-	resp, err = moved.solve(ctx, req)
+	moved, resp, err = b.solveSomewhere(ctx, moved, req)
 	if errors.As(err, &misplaced) { // some steps execute here, some there: no worker runs them all
 		err = misplaced.refusal
 	}
@@ -57,7 +71,7 @@ func (b *Build) solveNative(ctx context.Context, l *leg, req *gwpb.SolveRequest)
 func (b *Build) used(l *leg) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.Contains(slices.Collect(maps.Values(b.refs)), l) || slices.Contains(slices.Collect(maps.Values(b.containers)), l)
+	return slices.ContainsFunc(slices.Collect(maps.Values(b.refs)), func(h held) bool { return h.leg == l }) || slices.Contains(slices.Collect(maps.Values(b.containers)), l)
 }
 
 // now is the leg itself, or what it has become by moving. It waits for a move that
@@ -102,8 +116,10 @@ func (b *Build) move(ctx context.Context, l *leg, to ocispecs.Platform) (*leg, e
 		return nil, err
 	}
 	b.mu.Lock()
-	b.legs[l.index] = moved
-	b.mu.Unlock()
+	defer b.mu.Unlock()
+	if moved.rescue == nil { // else it is lost already, and what continues it takes its place
+		b.legs[l.index] = moved
+	}
 	return moved, nil
 }
 
@@ -113,7 +129,7 @@ func (b *Build) move(ctx context.Context, l *leg, to ocispecs.Platform) (*leg, e
 func (b *Build) hostFor(l *leg, p ocispecs.Platform) *leg {
 	demand := b.wish(p, "")
 	would := func(s *leg) bool {
-		if s == l || s.worker == nil {
+		if s == l || s.worker == nil || s.retired {
 			return false
 		}
 		suits, _ := b.farm.Scheduler.Suits(s.worker.Name, demand)
@@ -177,22 +193,6 @@ func (l *leg) startAs(ctx context.Context, host *leg, p ocispecs.Platform) error
 		l.build.log.Info("leg moves", "platform", l.String(), "to", platform)
 		return l.start(ctx)
 	}
-	l.host, l.siblings = host, []*leg{l}
-	why := "its steps execute on " + platform
-	if _, l.emulated = l.build.farm.Scheduler.Suits(host.worker.Name, l.demand); l.emulated {
-		why += ", emulated: no native worker"
-		l.build.farm.Metrics.emulates(l.label(), host.worker.Name)
-	}
-	step := l.build.Progress.Step(progress.StepName(l.String(), fmt.Sprintf("moved to worker %s (%s)", host.worker.Name, why)))
-	step.Start()
-	l.alias()
-	conn, err := l.take(ctx, host.worker.Name)
-	step.Done(err)
-	if err != nil {
-		return l.failed(err, host.worker.Name)
-	}
-	l.build.log.Info("leg moves", "platform", l.String(), "to", platform, "worker", host.worker.Name)
-	l.build.show(l)
-	l.begin(conn)
-	return nil
+	l.siblings = []*leg{l}
+	return l.startIn(ctx, host, "its steps execute on "+platform)
 }

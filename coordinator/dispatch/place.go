@@ -51,7 +51,8 @@ func (l *leg) place(ctx context.Context) (*fleet.Conn, error) {
 		l.build.log.Info("placing again", "platform", l.String(), "worker", assigned.Worker, "reason", err)
 		if !errors.Is(err, fleet.ErrNoSlot) {
 			var lost *build.LostError
-			if !errors.As(err, &lost) { // its buildkitd does not answer, or the session is gone: elsewhere may be no better
+			again := len(l.lostOn) > 0 && status.Code(err) == codes.Unavailable // the worker may be on its way back
+			if !again && !errors.As(err, &lost) {                               // its buildkitd does not answer, or the session is gone: elsewhere may be no better
 				wait.failed(err)
 				return nil, l.failed(err, assigned.Worker)
 			}

@@ -24,7 +24,11 @@ func (p *placing) step(name string) *progress.Step {
 // queued is called whenever the leg's place in the queue changes.
 func (p *placing) queued(at schedule.Position) {
 	if p.queue == nil {
-		p.queue = p.step("queued for a worker")
+		name := "queued for a worker"
+		if lost := p.leg.lostOn; len(lost) > 0 {
+			name = "worker " + lost[len(lost)-1] + " was lost; " + name
+		}
+		p.queue = p.step(name)
 	}
 	p.queue.Log(fmt.Sprintf("position %d in the queue: %s\n", at.Ahead+1, at.Reason))
 	p.leg.build.log.Info("leg queued", "platform", p.leg.String(), "position", at.Ahead+1, "reason", at.Reason)
@@ -39,7 +43,9 @@ func (p *placing) assigned(a schedule.Assignment) {
 	if a.Emulated {
 		p.leg.build.farm.Metrics.emulates(p.leg.label(), a.Worker)
 	}
-	if p.queue != nil || p.leg.split || a.Emulated {
+	if lost := p.leg.lostOn; len(lost) > 0 {
+		p.step(fmt.Sprintf("worker %s was lost; continuing on %s (attempt %d of %d)", lost[len(lost)-1], a.Worker, len(lost)+1, p.leg.build.farm.Attempts)).Done(nil)
+	} else if p.queue != nil || p.leg.split || a.Emulated {
 		p.step(fmt.Sprintf("assigned to worker %s (%s)", a.Worker, a.Why)).Done(nil)
 	}
 	p.leg.build.log.Info("leg assigned", "platform", p.leg.String(), "worker", a.Worker, "why", a.Why, "waited", a.Waited)

@@ -1,6 +1,7 @@
 package progress
 
 import (
+	"context"
 	"slices"
 	"strings"
 	"sync"
@@ -126,6 +127,11 @@ func (l *Leg) Fail(now time.Time, reason string) *controlapi.StatusResponse {
 		return strings.Compare(a.Digest, b.Digest)
 	})
 	return out
+}
+
+// Interrupt is Fail for what will be begun again: clients show it as canceled.
+func (l *Leg) Interrupt(now time.Time, reason string) *controlapi.StatusResponse {
+	return l.Fail(now, reason+": "+context.Canceled.Error()) // progressui looks for that suffix
 }
 
 func later(a, b time.Time) time.Time {

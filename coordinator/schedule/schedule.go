@@ -114,6 +114,9 @@ type Demand struct {
 	Key string
 	// Build and Tenant name who asks, for those who look at the queue.
 	Build, Tenant string
+	// Patience is for how long it waits while no worker at all could ever serve it;
+	// 0: the Scheduler's Grace, and Enqueue refuses it at once.
+	Patience time.Duration
 }
 
 // Position is where a waiting leg stands.
@@ -369,7 +372,7 @@ func (s *Scheduler) Enqueue(demands []Demand) (*Ticket, error) {
 		now := s.clock()
 		if !s.starting(now) {
 			for _, d := range demands {
-				if !served(s.view, d, !native(s.view, d)) {
+				if d.Patience == 0 && !served(s.view, d, !native(s.view, d)) {
 					err = s.noWorker(d, nil)
 					return
 				}

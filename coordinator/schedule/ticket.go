@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -188,7 +189,7 @@ func (s *Scheduler) inspect(l *leg) standing {
 	}
 	at := standing{patience: -1}
 	if gone := l.class.gone; !gone.IsZero() {
-		at.patience = max(s.Grace-s.clock().Sub(gone), 0)
+		at.patience = max(cmp.Or(l.demand.Patience, s.Grace)-s.clock().Sub(gone), 0)
 	}
 	if at.patience == 0 {
 		err := s.noWorker(l.demand, l.excluded)
