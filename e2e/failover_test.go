@@ -60,11 +60,17 @@ func TestFailover_ALostWorkersLegGoesOnElsewhere(t *testing.T) {
 			if !strings.Contains(build.Output(), want) {
 				t.Errorf("the build's output does not say %q:\n%s", want, build.Output())
 			}
-			index := r.registry.Index(t, r.repo, "v1")
-			wantList(t, "platforms", index.Platforms(), "linux/amd64", "linux/arm64")
-			wantEqual(t, "the step's file", r.registry.Image(t, r.repo, index.For(t, "linux/amd64")).Files["gate"], "open\n")
+			r.checkGate(t, "v1")
 		})
 	}
+}
+
+// checkGate checks that a tag is of both platforms, and has what the step at the gate has written.
+func (r rig) checkGate(t *testing.T, tag string) {
+	t.Helper()
+	index := r.registry.Index(t, r.repo, tag)
+	wantList(t, "platforms", index.Platforms(), "linux/amd64", "linux/arm64")
+	wantEqual(t, "the step's file", r.registry.Image(t, r.repo, index.For(t, "linux/amd64")).Files["gate"], "open\n")
 }
 
 // TestFailover_SwitchedOffNothingGoesOn shows that the others test what they say.
@@ -79,4 +85,106 @@ func TestFailover_SwitchedOffNothingGoesOn(t *testing.T) {
 	}
 	wantLost(t, build, lost.Name, "linux/amd64")
 	r.wantNoTags(t)
+}
+
+// TestFailover_AWorkerThatComesBackIsTakenAgain: no other runs its platform.
+func TestFailover_AWorkerThatComesBackIsTakenAgain(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, oneSlot(), farmtest.WorkerSpec{Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1})
+	build, gate := r.atGate(t, "v1", both)
+	r.Farm.Workers[0].Agent.Kill()
+	build.WaitOutput(t, startLimit, "that the leg waits", lineAbout("worker amd-1 was lost; queued for a worker"))
+	r.Farm.RestartAgent(t, r.Farm.Workers[0])
+	gate.WaitArrival(t, build, startLimit)
+	gate.Open()
+	if code := build.Wait(t, buildLimit); code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, build.Output())
+	}
+	r.checkGate(t, "v1")
+}
+
+func TestFailover_NobodyWaitsForEver(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	r := newFarm(t, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{oneSlot()}, CoordinatorArgs: []string{"--failover-wait", "3s"}})
+	build, _ := r.atGate(t, "v1", "linux/amd64")
+	r.Farm.Workers[0].Agent.Kill()
+	if code := build.Wait(t, 30*time.Second); code == 0 {
+		t.Fatalf("the build succeeded without its worker:\n%s", build.Output())
+	}
+	wantLost(t, build, "amd-1", "linux/amd64", "none came back within 3s")
+	r.wantNoTags(t)
+}
+
+// TestFailover_ABuildThatEndsItsWorkersIsGivenUp: the fourth worker is spared.
+func TestFailover_ABuildThatEndsItsWorkersIsGivenUp(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, farmtest.WorkerSpec{Name: "amd-1", Slots: 1}, farmtest.WorkerSpec{Name: "amd-2", Slots: 1}, farmtest.WorkerSpec{Name: "amd-3", Slots: 1}, farmtest.WorkerSpec{Name: "amd-4", Slots: 1})
+	build, gate := r.atGate(t, "v1", "linux/amd64")
+	for attempt := 1; ; attempt++ {
+		used := func() (out *farmtest.FarmWorker) {
+			r.Farm.WaitWorkers(t, "the leg is on a worker", func(list []farmtest.WorkerStatus) bool {
+				for _, w := range r.Farm.Workers {
+					if status, known := farmtest.Find(list, w.Name); known && status.Slots.Used == 1 && status.State == farmtest.Ready {
+						out = w
+					}
+				}
+				return out != nil
+			})
+			return out
+		}()
+		used.Agent.Kill()
+		if attempt == 3 {
+			break
+		}
+		gate.WaitArrival(t, build, startLimit)
+	}
+	if code := build.Wait(t, 20*time.Second); code == 0 {
+		t.Fatalf("the build succeeded:\n%s", build.Output())
+	}
+	wantLost(t, build, "linux/amd64", "attempt 3 of 3", "may be what ends its workers")
+	r.wantNoTags(t)
+}
+
+// TestFailover_WhereverTheLegIs kills the worker at other moments of a leg's life than a RUN step.
+func TestFailover_WhereverTheLegIs(t *testing.T) {
+	t.Parallel()
+	big := strings.Repeat("0123456789abcdef", 4<<20) // 64 MiB
+	for name, test := range map[string]struct {
+		args []string
+		when string // the line of the build's output at which the worker is killed
+	}{
+		"it reads the context":  {when: "transferring context"},
+		"it exports its layers": {when: "exporting layers"},
+		"it pushes them":        {when: "pushing layers"},
+		"it exports its cache":  {args: []string{"--cache-to", "type=registry,ref=REF:cache,mode=max"}, when: "writing layer"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := spare(t)
+			dir := r.context(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY big /big\nCOPY hello /hello\n", "big": big, "hello": "hello\n"})
+			args := []string{"--platform", both, "--push", "-t", r.ref("v1")}
+			for _, a := range test.args {
+				args = append(args, strings.ReplaceAll(a, "REF", r.registry.Host+"/"+r.repo))
+			}
+			build := r.Client.StartBuild(t, append(args, dir)...)
+			lost, _ := r.amd(t, build)
+			build.WaitOutput(t, buildLimit, test.when, lineAbout(test.when))
+			lost.Buildkitd.Kill()
+			if code := build.Wait(t, buildLimit); code != 0 {
+				t.Fatalf("exit code %d:\n%s", code, build.Output())
+			}
+			if !strings.Contains(build.Output(), "worker "+lost.Name+" was lost; continuing on ") {
+				t.Errorf("the leg was not continued: it had ended:\n%s", build.Output())
+			}
+			index := r.registry.Index(t, r.repo, "v1")
+			wantList(t, "platforms", index.Platforms(), "linux/amd64", "linux/arm64")
+			for _, platform := range index.Platforms() {
+				image := r.registry.Image(t, r.repo, index.For(t, platform))
+				if image.Files["hello"] != "hello\n" || image.Files["big"] != big {
+					t.Errorf("the image of %s has not the files of the context", platform)
+				}
+			}
+		})
+	}
 }
