@@ -89,14 +89,17 @@ func (l *leg) replay(ctx context.Context, calls []exchange) (renamed map[string]
 	return renamed, nil
 }
 
-// retell notes which metadata the client has to exchange.
+// retell notes which of what the client was told is told otherwise now. What the worker
+// before told may have been another retelling.
 func (l *leg) retell(before, now map[string][]byte) {
 	for k, v := range before {
+		if told, ok := l.retold[k]; ok && bytes.Equal(told.now, v) {
+			v = told.before
+		}
 		if !bytes.Equal(v, now[k]) {
-			if l.retold == nil {
-				l.retold = map[string]retelling{}
-			}
 			l.retold[k] = retelling{v, now[k]}
+		} else {
+			delete(l.retold, k)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -194,7 +195,8 @@ func (b *Build) follow(ctx context.Context, l *leg, lost *build.LostError) (*leg
 	}
 	next := b.newLeg(l.Leg, l.index, l.split)
 	next.guest, next.exporters, next.log, next.key, next.demand = l.guest, l.exporters, l.log, l.key, l.demand
-	next.lostOn, next.retold, next.trial = lostOn, l.retold, true
+	next.lostOn, next.trial, next.retold = lostOn, true, map[string]retelling{}
+	maps.Copy(next.retold, l.retold)
 	next.siblings = []*leg{next}
 	b.log.Warn("leg lost its worker", "platform", l.String(), "worker", lost.Worker, "reason", lost.Cause, "attempt", len(lostOn))
 	if err := next.resume(ctx, lost); err != nil {
