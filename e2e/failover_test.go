@@ -1,10 +1,13 @@
 package e2e_test
 
 import (
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
 )
@@ -61,6 +64,48 @@ func TestFailover_ALostWorkersLegGoesOnElsewhere(t *testing.T) {
 				t.Errorf("the build's output does not say %q:\n%s", want, build.Output())
 			}
 			r.checkGate(t, "v1")
+		})
+	}
+}
+
+// TestFailover_WhatGoesToTheClientIsWhole: of the lost attempt nothing is in what the client gets.
+func TestFailover_WhatGoesToTheClientIsWhole(t *testing.T) {
+	t.Parallel()
+	for name, check := range map[string]func(*testing.T, string){
+		"type=oci,tar=false,dest=DEST": func(t *testing.T, dest string) {
+			var top, merged ocispec.Index
+			readJSON(t, readFile(t, dest, "index.json"), &top)
+			readJSON(t, readFile(t, dest, filepath.Join("blobs/sha256", top.Manifests[0].Digest.Encoded())), &merged)
+			var found []string
+			for _, desc := range merged.Manifests {
+				readJSON(t, readFile(t, dest, filepath.Join("blobs/sha256", desc.Digest.Encoded())), &ocispec.Manifest{}) // is there
+				if desc.Platform.OS != "unknown" {
+					found = append(found, desc.Platform.OS+"/"+desc.Platform.Architecture)
+				}
+			}
+			wantList(t, "platforms", found, "linux/amd64", "linux/arm64")
+		},
+		"type=local,dest=DEST,platform-split=true,mode=delete": func(t *testing.T, dest string) {
+			wantEqual(t, "the step's file", readFile(t, dest, "linux_amd64/gate"), "open\n")
+			wantEqual(t, "the other platform's file", readFile(t, dest, "linux_arm64/bin/busybox") != "", true)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, gate := spare(t), farmtest.NewGate(t)
+			dir := r.context(t, map[string]string{"Dockerfile": "FROM scratch AS base\nCOPY busybox /bin/busybox\nFROM base AS leg-amd64\n" +
+				gate.Run() + "\nFROM base AS leg-arm64\nFROM leg-${TARGETARCH}\n"})
+			dest := filepath.Join(farmtest.Folder(t), "out")
+			build := r.Client.StartBuild(t, "--allow", "buildx.local.delete", "--platform", both, "--output", strings.ReplaceAll(name, "DEST", dest), dir)
+			gate.WaitArrival(t, build, startLimit)
+			lost, _ := r.amd(t, build)
+			lost.Agent.Kill()
+			gate.WaitArrival(t, build, frozenLimit)
+			gate.Open()
+			if code := build.Wait(t, buildLimit); code != 0 {
+				t.Fatalf("exit code %d:\n%s", code, build.Output())
+			}
+			check(t, dest)
 		})
 	}
 }

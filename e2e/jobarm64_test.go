@@ -5,7 +5,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -76,7 +75,7 @@ func (r rig) arm64Context(t *testing.T, gate *farmtest.Gate) string {
 	t.Helper()
 	script := `run=$(/bin/busybox cat /proc/sys/kernel/random/uuid); machine=$(/bin/busybox uname -m); ` +
 		`lines() { for i in $(/bin/busybox seq $1 $2); do echo "$run of $machine, line $i"; done; }; lines 1 20; ` +
-		`if [ $machine = aarch64 ]; then /bin/busybox wget -q -O /gate ` + strings.Replace(gate.URL, "127.0.0.1", "10.0.2.2", 1) + // where the guest sees the host's
+		`if [ $machine = aarch64 ]; then /bin/busybox wget -q -O /gate ` + guestURL(gate) +
 		`; fi; lines 21 40; echo $machine > /uname`
 	dir := r.context(t, map[string]string{"Dockerfile": "FROM scratch\nARG TARGETARCH\nCOPY busybox-$TARGETARCH /bin/busybox\n" + farmtest.Run(script) + "\n"})
 	if err := os.Rename(filepath.Join(dir, "busybox"), filepath.Join(dir, "busybox-amd64")); err != nil {

@@ -20,7 +20,9 @@ import (
 )
 
 // resilient has legs go on elsewhere.
-func (f *farm) resilient(attempts int, wait time.Duration) { f.Attempts, f.FailoverWait = attempts, wait }
+func (f *farm) resilient(attempts int, wait time.Duration) {
+	f.Attempts, f.FailoverWait = attempts, wait
+}
 
 // spare is a build of one leg on the first of two workers, and the reference of its result.
 func spare(t *testing.T, f *farm) (b *dispatch.Build, ref string, first, second *daemon) {
@@ -87,7 +89,10 @@ func TestRescue_ACallThatIsUnderWayIsAskedAgain(t *testing.T) {
 	bubble(t, func(t *testing.T, f *farm) {
 		f.resilient(3, time.Minute)
 		first := f.worker(t, "amd-1", 1, amd64)
-		first.Frontend = func(ctx context.Context, _ *gwpb.SolveRequest) (*gwpb.Result, error) { <-ctx.Done(); return nil, ctx.Err() }
+		first.Frontend = func(ctx context.Context, _ *gwpb.SolveRequest) (*gwpb.Result, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
 		b, _ := f.begin(t.Context(), t, request("b", both, "registry/x:1"))
 		f.worker(t, "arm-1", 1, arm64)
 		var resp *gwpb.SolveResponse

@@ -130,6 +130,7 @@ func (t *tarball) turn(ctx context.Context, leg int) (int, error) {
 		<-ctx.Done()
 	case <-ctx.Done():
 	}
+	t.turns[i].taken.Store(false) // for another worker, where this one was lost
 	return 0, context.Cause(ctx)
 }
 

@@ -76,6 +76,7 @@ func (t *tree) serve(leg int, stream grpc.ServerStream, md metadata.MD) error {
 	}
 	defer b.list.close()
 	if err := readList(stream, b.list); err != nil {
+		t.leave(b, false)
 		return t.merge.blameSpool(fmt.Errorf("exporting files: %w", err))
 	}
 	if t.arrived() {
@@ -84,6 +85,9 @@ func (t *tree) serve(leg int, stream grpc.ServerStream, md metadata.MD) error {
 	select {
 	case <-t.over:
 	case <-stream.Context().Done():
+		if t.leave(b, true) {
+			return context.Cause(stream.Context())
+		}
 		t.end(errShare)
 	}
 	if errors.Is(t.outcome, errShare) {
@@ -113,6 +117,21 @@ func (t *tree) arrived() bool {
 	defer t.mu.Unlock()
 	t.listed++
 	return t.listed == len(t.legs)
+}
+
+// leave lets another worker list a leg's files, in the place of one that was lost,
+// unless the client knows of them already.
+func (t *tree) leave(b *branch, listed bool) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.listed == len(t.legs) {
+		return false
+	}
+	if listed {
+		t.listed--
+	}
+	b.stream = nil
+	return true
 }
 
 // end ends the transfer. Streams that are still in use end with their calls.

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -248,6 +249,38 @@ func TestTree_ALegThatBreaksOffLeavesTheClientAlone(t *testing.T) {
 	}
 	if got := onDisk(t, dest); len(got) > 0 {
 		t.Errorf("the client received %v", got)
+	}
+}
+
+// TestTree_ALostLegsFilesComeFromAnotherWorker: before the client knows of any.
+func TestTree_ALostLegsFilesComeFromAnotherWorker(t *testing.T) {
+	t.Parallel()
+	dest := t.TempDir()
+	r := newRig(t, t.TempDir(), clientOf(t, filesync.NewFSSyncTarget(filesync.WithFSSyncDirDelete(0, dest))), treeExport(false), parts(2)...)
+	ctx, lose := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() { first <- sendFiles(ctx, r.workers[0], aTree("lost")) }()
+	listed := func() int {
+		tree := r.captures[0].(*tree)
+		tree.mu.Lock()
+		defer tree.mu.Unlock()
+		return tree.listed
+	}
+	for listed() == 0 {
+		runtime.Gosched()
+	}
+	lose()
+	if err := <-first; err == nil {
+		t.Error("the lost worker's export succeeded")
+	}
+	for listed() == 1 {
+		runtime.Gosched()
+	}
+	errs := r.each(func(leg int, w worker) error { return sendFiles(t.Context(), w, aTree([]string{"a", "b"}[leg])) })
+	wantNone(t, errs...)
+	got := slices.Sorted(maps.Keys(onDisk(t, dest)))
+	if !slices.Equal(got, []string{"a", "b"}) {
+		t.Errorf("the client has %q", got)
 	}
 }
 
