@@ -71,7 +71,7 @@ func TestDrain_ASecondSIGTERMStopsAtOnce(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newFarmRig(t, oneSlot())
+			r := newFarm(t, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{oneSlot()}, CoordinatorArgs: []string{"--failover-wait", "0"}})
 			build, gate := r.atGate(t, "v1", "linux/amd64")
 			stopping := process(r.Farm)
 			stopping.Signal(syscall.SIGTERM)

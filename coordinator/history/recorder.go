@@ -77,8 +77,15 @@ func (h *History) Begin(ctx context.Context, req *controlapi.SolveRequest, expor
 	}
 	h.running[r.ref] = r
 	h.tell(r.tenant, &controlapi.BuildHistoryEvent{Type: controlapi.BuildHistoryEventType_STARTED, Record: r.started})
-	h.work.Go(func() { r.run(context.WithoutCancel(ctx)) }) // ends some time after Complete, every wait being bounded
+	own := h.detached(ctx)
+	h.work.Go(func() { r.run(own) }) // ends some time after Complete, every wait being bounded
 	return r
+}
+
+// detached is a context of the same trace, for what outlives a call, whose own context
+// would keep the call's connection in memory.
+func (h *History) detached(ctx context.Context) context.Context {
+	return trace.ContextWithSpanContext(h.ctx, trace.SpanContextFromContext(ctx))
 }
 
 // begun is the record of a build that has just begun.
@@ -109,10 +116,11 @@ func (r *Recorder) Built(ctx context.Context, legs []Leg, metadata map[string][]
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.metadata = metadata
+	own := r.h.detached(ctx)
 	for _, leg := range legs {
 		l := &legRecord{Leg: leg}
 		r.legs = append(r.legs, l)
-		r.fetching.Go(func() { r.fetch(context.WithoutCancel(ctx), l) }) // bounded by fetchTimeout
+		r.fetching.Go(func() { r.fetch(own, l) }) // bounded by fetchTimeout
 	}
 }
 
