@@ -19,8 +19,9 @@ const NoWorkers = "no workers"
 
 // Choose picks a worker with a free slot for a demand: warm, the name of the worker
 // that last built this project, if it is one of them, else the least loaded one by the
-// share of its slots in use; among equals the one with most free slots, then by
-// rendezvous hashing of the demand's key, so that projects spread and stay. It reports
+// share of its slots in use; among equals the one with most free slots, then (of a
+// Scheduler) the one that the fewest projects were last built on, then by rendezvous
+// hashing of the demand's key, so that projects spread and stay. It reports
 // false when no eligible worker is free.
 func Choose(workers []Worker, d Demand, warm string) (Assignment, bool) {
 	var eligible []int
@@ -30,7 +31,7 @@ func Choose(workers []Worker, d Demand, warm string) (Assignment, bool) {
 			eligible = append(eligible, i)
 		}
 	}
-	i := pick(workers, eligible, d.Key, warm)
+	i := pick(workers, eligible, d.Key, warm, nil)
 	if i < 0 {
 		return Assignment{}, false
 	}
@@ -54,8 +55,10 @@ func assign(w Worker, warm string, emulated bool) Assignment {
 // whyEmulated is why a leg runs where its platform is not native.
 const whyEmulated = "emulated: no native worker"
 
-// pick returns the best free one of the eligible workers, or -1.
-func pick(workers []Worker, eligible []int, key, warm string) int {
+// pick returns the best free one of the eligible workers, or -1. Homes counts the
+// projects that each was last to build: those of a monorepo do not pile up where hashing
+// happens to put them.
+func pick(workers []Worker, eligible []int, key, warm string, homes map[string]int) int {
 	best := -1
 	var bestHash uint64 // 0: not computed yet; only ties need it
 	for _, i := range eligible {
@@ -71,7 +74,7 @@ func pick(workers []Worker, eligible []int, key, warm string) int {
 			continue
 		}
 		b := &workers[best]
-		order := lighter(w, b)
+		order := cmp.Or(lighter(w, b), cmp.Compare(homes[w.Name], homes[b.Name]))
 		if order == 0 {
 			if bestHash == 0 {
 				bestHash = rendezvous(key, b.Name)

@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"testing"
 
@@ -205,6 +206,9 @@ func TestWarmth_ForgetsWhatWasBuiltLeastRecently(t *testing.T) {
 		if got := m.worker(test.demand); got != test.want {
 			t.Errorf("%v: got %q, want %q", test.demand, got, test.want)
 		}
+	}
+	if want := map[string]int{"w3": 1, "w4": 1}; !maps.Equal(m.homes, want) {
+		t.Errorf("workers are at home to %v projects, want %v", m.homes, want)
 	}
 	if len(m.entries) != 2 || m.recent.Len() != 2 {
 		t.Errorf("%d entries, %d in order", len(m.entries), m.recent.Len())

@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -101,6 +102,7 @@ type outlook struct {
 	demand   Demand
 	excluded []string
 	warm     string
+	homes    map[string]int
 	frees    map[string]time.Duration // name → until a slot may be expected to become free, where that is known
 	emulated bool
 	ahead    int // waiting legs that come first
@@ -114,7 +116,7 @@ type outlook struct {
 // outlook gathers what there is to say of a demand.
 func (s *Scheduler) outlook(d Demand, excluded []string) outlook {
 	o := outlook{
-		workers: s.view, demand: d, excluded: excluded, warm: s.warm.worker(d), frees: map[string]time.Duration{},
+		workers: s.view, demand: d, excluded: excluded, warm: s.warm.worker(d), homes: maps.Clone(s.warm.homes), frees: map[string]time.Duration{},
 		emulated: !native(s.view, d), now: s.clock(),
 	}
 	for i := range s.view {
@@ -242,7 +244,7 @@ func (o outlook) summary() string {
 	if !served(o.workers, o.demand, o.emulated) {
 		return "would be refused: " + noWorker(o.workers, o.demand, o.excluded).Error()
 	}
-	if i := pick(o.workers, o.ready(), o.demand.Key, o.warm); i >= 0 && o.ahead == 0 {
+	if i := pick(o.workers, o.ready(), o.demand.Key, o.warm, o.homes); i >= 0 && o.ahead == 0 {
 		a := assign(o.workers[i], o.warm, o.emulated)
 		return "would run on " + a.Worker + " (" + a.Why + ")"
 	}

@@ -182,7 +182,7 @@ func (s *Scheduler) pass() {
 // grant gives the leg a slot if one is free.
 func (s *Scheduler) grant(l *leg) bool {
 	warm := s.warm.worker(l.demand)
-	i := pick(s.view, l.class.eligible, l.demand.Key, warm)
+	i := pick(s.view, l.class.eligible, l.demand.Key, warm, s.warm.homes)
 	if i >= 0 {
 		s.settle(l, assign(s.view[i], warm, l.class.emulated), nil)
 		s.hold(l.assignment.Worker, 1)

@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"fmt"
 	"reflect"
 	"testing"
 	"testing/synctest"
@@ -95,6 +96,43 @@ func TestScheduler_ALaterLegTakesOnlyWhatNoEarlierOneCanUse(t *testing.T) {
 			t.Error("the later leg was served, too")
 		}
 	})
+}
+
+// TestScheduler_TargetsOfAMonorepoDoNotPileUp builds one target after the other on idle workers: each gets one of its
+// own, and the same again.
+func TestScheduler_TargetsOfAMonorepoDoNotPileUp(t *testing.T) {
+	t.Parallel()
+	var workers []Worker
+	for i := range 10 {
+		workers = append(workers, worker(fmt.Sprintf("mac-%d", i), 2, 0, arm64))
+	}
+	s := old(workers...)
+	build := func(target int) string {
+		ticket, err := s.Enqueue([]Demand{{Platform: platform(arm64), Key: fmt.Sprintf("monorepo\x00target-%d", target)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ticket.Close()
+		a, err := ticket.Wait(t.Context(), 0, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.Worker
+	}
+	first := map[int]string{}
+	used := map[string]bool{}
+	for target := range 10 {
+		first[target] = build(target)
+		used[first[target]] = true
+	}
+	if len(used) != 10 {
+		t.Errorf("10 targets were built on %d of 10 idle workers", len(used))
+	}
+	for target := range 10 {
+		if again := build(target); again != first[target] {
+			t.Errorf("target %d was built on %s, then on %s", target, first[target], again)
+		}
+	}
 }
 
 func TestScheduler_TheWarmWorkerIsChosenIfFree(t *testing.T) {

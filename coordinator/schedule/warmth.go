@@ -32,6 +32,7 @@ type warmth struct {
 	limit   int
 	recent  *list.List // of *warmEntry, the latest first
 	entries map[warmKey]*list.Element
+	homes   map[string]int // worker → how many projects it last built
 }
 
 type warmEntry struct {
@@ -41,7 +42,7 @@ type warmEntry struct {
 }
 
 func newWarmth(limit int) *warmth {
-	return &warmth{limit: limit, recent: list.New(), entries: map[warmKey]*list.Element{}}
+	return &warmth{limit: limit, recent: list.New(), entries: map[warmKey]*list.Element{}, homes: map[string]int{}}
 }
 
 func (m *warmth) entry(d Demand) *warmEntry {
@@ -65,8 +66,11 @@ func (m *warmth) record(d Demand, worker string) {
 		return
 	}
 	k := warmKeyOf(d)
+	m.homes[worker]++
 	if e, ok := m.entries[k]; ok {
-		e.Value.(*warmEntry).worker = worker
+		entry := e.Value.(*warmEntry)
+		m.moved(entry.worker)
+		entry.worker = worker
 		m.recent.MoveToFront(e)
 		return
 	}
@@ -74,6 +78,14 @@ func (m *warmth) record(d Demand, worker string) {
 	if m.recent.Len() > m.limit {
 		oldest := m.recent.Remove(m.recent.Back()).(*warmEntry)
 		delete(m.entries, oldest.key)
+		m.moved(oldest.worker)
+	}
+}
+
+// moved notes that a project is at home on the worker no more.
+func (m *warmth) moved(worker string) {
+	if m.homes[worker]--; m.homes[worker] == 0 {
+		delete(m.homes, worker)
 	}
 }
 
