@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/archfarm/archfarm/coordinator/session"
+	"github.com/archfarm/archfarm/coordinator/session/spool"
 )
 
 // patience bounds every wait of these tests; nothing comes near it unless it hangs.
@@ -34,10 +35,17 @@ type farm struct {
 
 func newFarm(t *testing.T) *farm {
 	t.Helper()
+	return newFarmWith(t, nil)
+}
+
+// newFarmWith is a farm whose contexts go through a spool.
+func newFarmWith(t *testing.T, contexts *spool.Spool) *farm {
+	t.Helper()
 	registry, err := session.NewRegistry()
 	if err != nil {
 		t.Fatal(err)
 	}
+	registry.Spool = contexts
 	f := &farm{registry: registry, relays: session.NewRelays(registry, slog.New(slog.DiscardHandler))}
 	f.control = controlapi.NewControlClient(dial(t, serve(t, &door{handle: registry.Handle})))
 	return f
@@ -265,6 +273,19 @@ func echo(stream grpc.ServerStream) error {
 		}
 		if err := stream.SendMsg(&m); err != nil {
 			return err
+		}
+	}
+}
+
+// eventually waits for something that nothing tells of.
+func eventually(t *testing.T, what string, reached func() bool) {
+	t.Helper()
+	deadline := time.After(patience)
+	for !reached() {
+		select {
+		case <-deadline:
+			t.Fatalf("still waiting after %s: %s", patience, what)
+		case <-time.After(time.Millisecond):
 		}
 	}
 }

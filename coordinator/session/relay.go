@@ -55,6 +55,9 @@ type Conn interface {
 // whatever number of attempts use it there: BuildKit knows a session by its id,
 // and a second connection of that id would replace the first.
 type Relays struct {
+	// Metrics, if any, count what is relayed. Set them before the first use.
+	Metrics *Metrics
+
 	registry   *Registry
 	log        *slog.Logger
 	findWithin time.Duration // bounds the wait for a client's session
@@ -98,6 +101,11 @@ func (rs *Relays) Expose(ctx context.Context, w Worker, id string) (release func
 	}
 	return release, nil
 }
+
+// Share says that several workers may come to want the same files of a session, or
+// of that which an alias stands for: from now on until it ends, the client is asked
+// for each once. Two workers that have a session at the same time share it anyway.
+func (rs *Relays) Share(id string) { rs.registry.share(rs.real(id).session) }
 
 // use adds a user to the relay of that key, made if there is none that still
 // serves. One that is just ending is waited for: the worker forgets a session when
@@ -161,13 +169,15 @@ type relay struct {
 	ended chan struct{} // closed when nothing of it is left
 
 	client    *grpc.ClientConn
+	of        *opened // the client's session
+	metrics   *Metrics
 	intercept Intercept // of an alias; else nil
 	streams   sync.WaitGroup
 }
 
 func (rs *Relays) relay(key relayKey) *relay {
 	return &relay{
-		log: rs.log.With("session", key.session, "worker", key.worker), findWithin: rs.findWithin, farewell: rs.farewell,
+		log: rs.log.With("session", key.session, "worker", key.worker), findWithin: rs.findWithin, farewell: rs.farewell, metrics: rs.Metrics,
 		ready: make(chan struct{}), stop: make(chan struct{}), ended: make(chan struct{}),
 	}
 }
@@ -204,6 +214,8 @@ func (r *relay) run(ctx context.Context, registry *Registry, w Worker, id string
 		return
 	}
 	defer closeWorker()
+	r.of.relays.Add(1)
+	defer r.of.relays.Add(-1)
 	close(r.ready)
 	r.serve(session, conn, cancel)
 }
@@ -246,10 +258,11 @@ func (r *relay) serve(session context.Context, conn net.Conn, giveUp func()) {
 func (r *relay) connect(ctx context.Context, registry *Registry, w Worker, id string, of alias) (net.Conn, context.Context, func(), error) {
 	findCtx, cancel := context.WithTimeout(ctx, r.findWithin)
 	defer cancel()
-	caller, meta, err := registry.find(findCtx, of.session)
+	caller, opened, err := registry.find(findCtx, of.session)
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	meta := opened.meta
 	if id != of.session {
 		meta = of.describe(id, meta)
 	}
@@ -265,7 +278,7 @@ func (r *relay) connect(ctx context.Context, registry *Registry, w Worker, id st
 		_ = cc.Close()
 		return nil, nil, nil, err
 	}
-	r.client = caller.Conn()
+	r.client, r.of = caller.Conn(), opened
 	return conn, caller.Context(ctx), func() { _ = cc.Close() }, nil
 }
 
@@ -291,27 +304,47 @@ func (r *relay) handle(_ any, worker grpc.ServerStream) error {
 	if err != nil {
 		return err
 	}
+	up, down := r.directions(method, md, worker, client, cancel)
 	r.streams.Add(1)
 	go func() { // ends with the worker's stream: at the latest when this handler has returned
 		defer r.streams.Done()
-		if err := copyFrames(client, worker); err == nil {
-			_ = client.CloseSend()
-		} else {
+		if err := up(); err != nil {
 			cancel()
 		}
 	}()
-	return answer(worker, client)
+	return answer(worker, client, down)
 }
 
-// answer copies the client's messages, header and trailer to the worker.
-func answer(worker grpc.ServerStream, client grpc.ClientStream) error {
+// directions are what moves the messages of a call to the client and to the worker.
+func (r *relay) directions(method string, md metadata.MD, worker grpc.ServerStream, client grpc.ClientStream, cancel func()) (up, down func() error) {
+	if method == diffCopy && r.of.shared() {
+		files := newFileSync(r.of.scope, md, r.metrics, worker, client, cancel)
+		return files.up, files.run
+	}
+	up = func() error {
+		err := copyFrames(client, worker, nil)
+		if err == nil {
+			_ = client.CloseSend()
+		}
+		return err
+	}
+	var count func(int)
+	if method == diffCopy {
+		count = r.metrics.fromClient
+	}
+	return up, func() error { return copyFrames(worker, client, count) }
+}
+
+// answer gives the worker the client's header and trailer, and between them what
+// down moves.
+func answer(worker grpc.ServerStream, client grpc.ClientStream, down func() error) error {
 	header, err := client.Header()
 	if err == nil && header != nil { // sent at once: the worker may wait for it before it says more
 		if err := worker.SendHeader(forwarded(header)); err != nil {
 			return err
 		}
 	}
-	err = copyFrames(worker, client)
+	err = down()
 	worker.SetTrailer(forwarded(client.Trailer()))
 	return err
 }
@@ -319,8 +352,9 @@ func answer(worker grpc.ServerStream, client grpc.ClientStream) error {
 type sender interface{ SendMsg(any) error }
 type receiver interface{ RecvMsg(any) error }
 
-// copyFrames moves messages until the source ends (nil) or one side fails.
-func copyFrames(to sender, from receiver) error {
+// copyFrames moves messages until the source ends (nil) or one side fails. Count, if
+// any, gets their sizes.
+func copyFrames(to sender, from receiver, count func(int)) error {
 	for {
 		var f frame
 		if err := from.RecvMsg(&f); err != nil {
@@ -328,6 +362,9 @@ func copyFrames(to sender, from receiver) error {
 				return nil
 			}
 			return err
+		}
+		if count != nil {
+			count(f.data.Len())
 		}
 		if err := to.SendMsg(&f); err != nil {
 			return err

@@ -1,8 +1,9 @@
 // Package session relays a client's BuildKit session to the workers that build
 // for it. A client opens one session to the coordinator; every worker involved
 // sees a session of the same id whose services (file sync, secrets, ssh agents,
-// registry credentials, exports) are answered by that client. Nothing of it is
-// kept here: messages pass through undecoded.
+// registry credentials, exports) are answered by that client. Messages pass through
+// undecoded, and nothing of them is kept, but for the files of a build that several
+// workers have a part in: filesync.go has the client send each once.
 package session
 
 import (
@@ -11,6 +12,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -20,6 +22,8 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/coordinator/session/spool"
 )
 
 // Headers that describe a session (BuildKit's session package): the id, the key
@@ -43,11 +47,28 @@ type Registry struct {
 	// Limit is how many sessions may be open at a time; 0: any number. Set it
 	// before the first use.
 	Limit int
+	// Spool is where files wait that several workers want; nil: each asks the client.
+	// Set it before the first use.
+	Spool *spool.Spool
 
 	manager *bksession.Manager
 
 	mu   sync.Mutex
-	open map[string]metadata.MD
+	open map[string]*opened
+}
+
+// opened is a session that a client has open.
+type opened struct {
+	meta    metadata.MD
+	scope   *spool.Scope // nil without a spool
+	several atomic.Bool  // workers may want its files
+	relays  atomic.Int32 // that there are now
+}
+
+// shared tells whether files go through the spool. For one worker alone that would
+// be in vain.
+func (o *opened) shared() bool {
+	return o.scope != nil && (o.several.Load() || o.relays.Load() > 1)
 }
 
 // NewRegistry returns a registry without sessions.
@@ -56,7 +77,7 @@ func NewRegistry() (*Registry, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Registry{manager: manager, open: map[string]metadata.MD{}}, nil
+	return &Registry{manager: manager, open: map[string]*opened{}}, nil
 }
 
 // Manager gives BuildKit's own libraries (the registry resolver, which asks the
@@ -118,30 +139,46 @@ func (r *Registry) enter(id string, meta metadata.MD) error {
 	if r.Limit > 0 && len(r.open) >= r.Limit {
 		return status.Errorf(codes.ResourceExhausted, "opening a session: %d are open, as many as this coordinator takes; try again later", len(r.open))
 	}
-	r.open[id] = meta
+	o := &opened{meta: meta}
+	if r.Spool != nil {
+		o.scope = r.Spool.Scope()
+	}
+	r.open[id] = o
 	return nil
 }
 
 func (r *Registry) leave(id string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if scope := r.open[id].scope; scope != nil {
+		scope.Close()
+	}
 	delete(r.open, id)
+}
+
+// share says that several workers may want the session's files.
+func (r *Registry) share(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if o, ok := r.open[id]; ok {
+		o.several.Store(true)
+	}
 }
 
 // find waits for the session until ctx ends: a client opens it concurrently with
 // the build that names it.
-func (r *Registry) find(ctx context.Context, id string) (bksession.Caller, metadata.MD, error) {
+func (r *Registry) find(ctx context.Context, id string) (bksession.Caller, *opened, error) {
 	caller, err := r.manager.Get(ctx, id, false)
 	if err != nil {
 		return nil, nil, status.Errorf(codes.NotFound, "no active session for %s", id)
 	}
 	r.mu.Lock()
-	meta, ok := r.open[id]
+	o, ok := r.open[id]
 	r.mu.Unlock()
 	if !ok {
 		return nil, nil, status.Errorf(codes.NotFound, "no active session for %s", id)
 	}
-	return caller, meta, nil
+	return caller, o, nil
 }
 
 // Settle waits, for a second at most, until the client's session answers. A
@@ -164,7 +201,10 @@ func (r *Registry) Settle(ctx context.Context, id string) {
 func (r *Registry) SharedKey(id string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return first(r.open[id].Get(headerSharedKey))
+	if o, ok := r.open[id]; ok {
+		return first(o.meta.Get(headerSharedKey))
+	}
+	return ""
 }
 
 // Len returns how many sessions are open.
