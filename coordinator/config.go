@@ -87,6 +87,10 @@ type Config struct {
 	// SpoolMaxSize is how many bytes of disk archives that are merged from several
 	// platforms may take at a time, of all builds together; zero means 64 GiB.
 	SpoolMaxSize int64
+	// ContextSpoolMaxSize is how many bytes of disk the files of local contexts may take
+	// that several workers of a build want, of all builds together; zero: none, each
+	// worker asks the client.
+	ContextSpoolMaxSize int64
 	// MaxBuilds is how many builds run or wait at a time, MaxSessions how many client
 	// sessions are open; more are refused. A build that waits takes some 180 KiB, a
 	// session 120 KiB; a build that prints much up to 32 MiB.

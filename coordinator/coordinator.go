@@ -42,6 +42,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 	"github.com/archfarm/archfarm/coordinator/session"
+	"github.com/archfarm/archfarm/coordinator/session/spool"
 	"github.com/archfarm/archfarm/coordinator/trace"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 	"github.com/archfarm/archfarm/tunnel"
@@ -104,6 +105,8 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	}
 	sessions.Limit = cfg.MaxSessions
 	metrics := prometheus.NewRegistry()
+	relays := session.NewRelays(sessions, cfg.Logger)
+	relays.Metrics = session.NewMetrics(metrics)
 	scheduler := schedule.New(nil)
 	scheduler.Share = true // a build of more legs than slots would wait for itself
 	workers := fleet.New(cfg.Logger, func(ws []*fleet.Worker) { scheduler.Update(asSchedule(ws, cfg.AllowEmulation)) })
@@ -111,12 +114,18 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 		scheduler.UpdateWorker(asSchedule([]*fleet.Worker{w}, cfg.AllowEmulation)[0])
 	}
 	farm := &dispatch.Farm{
-		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: session.NewRelays(sessions, cfg.Logger),
+		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: relays,
 		Publishing: publishing(cfg.Policy), Attempts: cfg.LegAttempts, FailoverWait: cfg.FailoverWait, Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
 	}
 	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), cfg.SpoolMaxSize)
 	if err != nil {
 		return nil, err
+	}
+	if cfg.ContextSpoolMaxSize > 0 {
+		sessions.Spool, err = spool.New(filepath.Join(cfg.DataDir, "spool", "contexts"), cfg.ContextSpoolMaxSize) // after the other, which empties the folder
+		if err != nil {
+			return nil, err
+		}
 	}
 	registerMetrics(metrics, farm, cfg.Version)
 	running := dispatch.NewBuilds(farm)

@@ -84,6 +84,10 @@ func registerMetrics(r *prometheus.Registry, farm *dispatch.Farm, version string
 	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), info, &fleetCollector{farm}, loadCollector{farm.Fleet})
 	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "archfarm_sessions", Help: "Client sessions that are open."},
 		func() float64 { return float64(farm.Sessions.Len()) }))
+	if contexts := farm.Sessions.Spool; contexts != nil {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "archfarm_context_spool_bytes", Help: "Bytes of disk that files of local contexts take which several workers want."},
+			func() float64 { return float64(contexts.Used()) }))
+	}
 }
 
 var (

@@ -13,6 +13,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/export"
 	"github.com/archfarm/archfarm/coordinator/history"
 	"github.com/archfarm/archfarm/coordinator/publish"
+	"github.com/archfarm/archfarm/coordinator/session/spool"
 )
 
 func newCoordinator(stop <-chan struct{}) *cobra.Command {
@@ -59,6 +60,7 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.Duration("failover-wait", coordinator.DefaultFailoverWait, "how long a build whose worker was lost waits for it to come back, when no other runs its platform; 0: not at all")
 	flags.StringArray("allow-emulation", nil, "pool whose workers may emulate platforms that no worker runs natively; may repeat")
 	flags.Int64("spool-max-size", export.DefaultSpoolLimit, "bytes of disk that archives merged from several platforms may take while they are made")
+	flags.Int64("context-spool-max-size", spool.DefaultLimit, "bytes of disk that files of local contexts may take which several workers of a build want, so that clients send each once; 0 for none, then they send them to each")
 	historyFlags(flags)
 	jobFlags(flags)
 	gossipFlags(flags)
@@ -205,6 +207,9 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 	}
 	if cfg.SpoolMaxSize, _ = flags.GetInt64("spool-max-size"); cfg.SpoolMaxSize <= 0 {
 		return cfg, usageError{errors.New("--spool-max-size must be positive")}
+	}
+	if cfg.ContextSpoolMaxSize, _ = flags.GetInt64("context-spool-max-size"); cfg.ContextSpoolMaxSize < 0 {
+		return cfg, usageError{errors.New("--context-spool-max-size must not be negative")}
 	}
 	err = errors.Join(historyConfig(flags, &cfg), failoverConfig(flags, &cfg), jobConfig(flags, &cfg)) // before cfg is copied
 	return cfg, err

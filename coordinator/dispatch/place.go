@@ -208,6 +208,9 @@ func (l *leg) expose(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
+	if l.split {
+		l.build.farm.Relays.Share(id) // before any step can ask for a file
+	}
 	if !l.keep(id, release) {
 		release()
 	}
