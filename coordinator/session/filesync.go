@@ -21,8 +21,10 @@ const (
 	// dirName is the metadata that names the folder of the client.
 	dirName = "dir-name"
 
-	// chunkSize is that of BuildKit's sender, and of a buffer of gRPC's pool.
-	chunkSize = 32 << 10
+	// chunkSize is how much of a file is sent at once: with its header a message that
+	// fits a buffer of the worker's pool. One of 32 KiB, as fsutil sends, takes one of
+	// 1 MiB there, which is cleared each time.
+	chunkSize = writeSize
 	// maxPassing bounds what waits for a worker in memory: the list of 100,000 files.
 	maxPassing = 16 << 20
 	// maxOffers bounds the files of one call that can be shared, at 24 bytes each.

@@ -3,6 +3,7 @@ package session_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -489,7 +490,7 @@ func TestFileSync_ErrorsPass(t *testing.T) {
 		}
 		for {
 			if _, err := stream.Recv(); err != nil {
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					t.Error("it ended well")
 				}
 				return

@@ -159,7 +159,7 @@ func (h *Share) Write(p []byte) error {
 		h.pos += int64(len(p))
 		h.spool.ledger.wrote(h.file, h.pos)
 	}
-	h.unlockAndTell(h.pos <= written)
+	h.unlockAndTell(h.pos <= written || h.pos == h.file.size) // the file's end, which follows, is news enough
 	return err
 }
 

@@ -91,7 +91,7 @@ func TestShare_AReaderFollowsTheFetcher(t *testing.T) {
 	wantNone(t, first.Write([]byte("56789")), first.Finish())
 	first.Close()
 	wantContent(t, second, "0123456789")
-	if news.fetch != 0 || news.ready != 3 {
+	if news.fetch != 0 || news.ready != 2 {
 		t.Errorf("told %+v", news)
 	}
 }
