@@ -585,7 +585,7 @@ func (s *fileSync) send(w *want, off int64, n int) error {
 	buf := pool.Get(n)
 	if err := w.share.ReadAt(*buf, off); err != nil {
 		pool.Put(buf)
-		return err
+		return status.Errorf(codes.Internal, "relaying the build's context: %v; is the coordinator's disk in order?", err)
 	}
 	return s.worker.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(dataHeader(w.id, n)), mem.NewBuffer(buf, pool)}})
 }

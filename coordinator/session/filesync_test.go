@@ -342,6 +342,53 @@ func TestFileSync_AStalledFetcherStallsNobody(t *testing.T) {
 	}
 }
 
+// TestFileSync_AFetcherThatTakesNothingIsReplaced has a worker take nothing of a file that is its own, until there is no
+// room for more, while the client sends it one that another waits for.
+func TestFileSync_AFetcherThatTakesNothingIsReplaced(t *testing.T) {
+	t.Parallel()
+	files := map[string][]byte{"own": random(64 * mib), "shared": random(2 * mib)}
+	r := newRig(t, newSpool(t, 3*mib), 2, files)
+	goOn := make(chan struct{})
+	var first atomic.Bool
+	r.source.onRead = func(path string, off int64) {
+		if path == "shared" && off == mib && !first.Swap(true) {
+			<-goOn
+		}
+	}
+	slow := r.rawCall(t.Context(), t, 0)
+	for range 2 {
+		if p, err := slow.Recv(); err != nil || p.Stat == nil {
+			t.Fatal(p, err)
+		}
+	}
+	for _, id := range []uint32{1, 0} {
+		if err := slow.Send(&types.Packet{Type: types.PACKET_REQ, ID: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the slow worker's file is coming", func() bool { return r.source.read.Load() > 4*mib })
+	dest := t.TempDir()
+	if err := r.sync(t.Context(), 1, dest, "shared"); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, dest, map[string][]byte{"shared": files["shared"]})
+	close(goOn)
+	got, ends := map[uint32][]byte{}, 0
+	for ends < 2 {
+		p, err := slow.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Type == types.PACKET_DATA && len(p.Data) == 0 {
+			ends++
+		}
+		got[p.ID] = append(got[p.ID], p.Data...)
+	}
+	if !bytes.Equal(got[0], files["own"]) || !bytes.Equal(got[1], files["shared"]) {
+		t.Error("the slow worker got something else")
+	}
+}
+
 func TestFileSync_AFetcherThatGoesIsReplaced(t *testing.T) {
 	t.Parallel()
 	files := map[string][]byte{"a": random(16 * mib)}

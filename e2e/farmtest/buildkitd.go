@@ -37,7 +37,7 @@ func StartBuildkitdTCP(t T, tools Tools, name string) *Buildkitd {
 func startBuildkitd(t T, tools Tools, name, dir, addr string) *Buildkitd {
 	t.Helper()
 	config := WriteFile(t, dir, "buildkitd.toml", "") // not the machine's own
-	temp := filepath.Join(dir, "tmp") // where it mounts what it builds from: one that is killed leaves that
+	temp := filepath.Join(dir, "tmp")                 // where it mounts what it builds from: one that is killed leaves that
 	if err := os.Mkdir(temp, 0o700); err != nil {
 		t.Fatalf("making the folder of buildkitd's mounts: %v", err)
 	}
