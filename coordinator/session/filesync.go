@@ -47,7 +47,7 @@ var errChanged = status.Error(codes.Aborted, "sending the build's context: a fil
 // latest when its handler has returned.
 type fileSync struct {
 	scope   *spool.Scope
-	dir     string // whatever it is called by, as files of others are no matter here
+	dir     string // the folder, by the name that the call has for it
 	metrics *Metrics
 	worker  grpc.ServerStream
 	client  grpc.ClientStream
