@@ -346,7 +346,7 @@ func codeOf(err error) codes.Code {
 		return codes.PermissionDenied
 	case answer == http.StatusTooManyRequests, answer >= http.StatusInternalServerError, errors.Is(err, errSlow):
 		return codes.Unavailable
-	case errors.Is(err, errMissing):
+	case errors.Is(err, errMissing), errors.Is(err, errNoBlob):
 		return codes.NotFound
 	case errors.Is(err, context.Canceled):
 		return codes.Canceled
