@@ -80,7 +80,7 @@ generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc $(TOOL
 setup: ## install the Debian packages that test and demo need (root)
 	@if [ "$$(id -u)" = 0 ]; then deploy/setup.sh; else deploy/setup.sh || echo "not root: going on without"; fi
 
-tools: $(TOOLS)/buildkitd $(TOOLS)/buildctl $(TOOLS)/buildx $(TOOLS)/registry $(TOOLS)/grpcurl ## buildkitd, buildctl, buildx, registry, grpcurl in bin/tools
+tools: $(TOOLS)/buildkitd $(TOOLS)/buildctl $(TOOLS)/buildx $(TOOLS)/registry $(TOOLS)/gofakes3 $(TOOLS)/grpcurl ## buildkitd, buildctl, buildx, registry, gofakes3, grpcurl in bin/tools
 arm64vm: $(TOOLS)/buildkitd-linux-arm64 cross-linux-arm64 ## what the arm64 machine runs, and its image
 	@deploy/arm64vm/image.sh >/dev/null
 lint-tools: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc $(TOOLS)/protoc-gen-grpc-gateway $(TOOLS)/golangci-lint $(TOOLS)/actionlint ## buf, its plugins, golangci-lint and actionlint in bin/tools
@@ -105,6 +105,10 @@ $(TOOLS)/registry: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
 	@echo "building $@ (once)"
 	@$(RUNTIME) -ldflags "-s -w" -o ../../$@ github.com/distribution/distribution/v3/cmd/registry
+$(TOOLS)/gofakes3: tools/runtime/go.mod tools/runtime/go.sum
+	@mkdir -p $(TOOLS)
+	@echo "building $@ (once)"
+	@$(RUNTIME) -ldflags "-s -w" -o ../../$@ github.com/johannesboyne/gofakes3/cmd/gofakes3
 $(TOOLS)/grpcurl: tools/runtime/go.mod tools/runtime/go.sum
 	@mkdir -p $(TOOLS)
 	@echo "building $@ (once)"

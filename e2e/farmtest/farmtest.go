@@ -44,6 +44,7 @@ type Tools struct {
 	Buildctl  string
 	Buildx    string
 	Registry  string
+	S3        string // a server of its protocol
 	Docker    string
 	Busybox   string // statically linked, so that it runs in an image FROM scratch
 }
@@ -93,11 +94,12 @@ var find = sync.OnceValues(func() (Tools, error) {
 		Buildctl:  filepath.Join(bin, "tools", "buildctl"),
 		Buildx:    filepath.Join(bin, "tools", "buildx"),
 		Registry:  filepath.Join(bin, "tools", "registry"),
+		S3:        filepath.Join(bin, "tools", "gofakes3"),
 	}
 	if tools.Archfarm == "" {
 		tools.Archfarm = filepath.Join(bin, "archfarm")
 	}
-	for _, file := range []string{tools.Buildkitd, tools.Buildctl, tools.Buildx, tools.Registry} {
+	for _, file := range []string{tools.Buildkitd, tools.Buildctl, tools.Buildx, tools.Registry, tools.S3} {
 		if _, err := os.Stat(file); err != nil {
 			return Tools{}, fmt.Errorf("a tool is missing, run make tools: %w", err)
 		}
