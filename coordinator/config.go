@@ -11,6 +11,7 @@ import (
 
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/coordinator/publish"
+	"github.com/archfarm/archfarm/coordinator/split"
 	"github.com/archfarm/archfarm/identity"
 )
 
@@ -111,6 +112,8 @@ type Config struct {
 	SecretsKeyFile string
 	// Policy says which tags may be moved.
 	Policy publish.Policy
+	// Cache names the caches that builds use which name none; nil for no such.
+	Cache *split.FarmCache
 	// MaxJobs is how many jobs run at a time on this coordinator, those whose legs
 	// wait for a worker included. The others wait in the store.
 	MaxJobs int

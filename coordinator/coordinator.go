@@ -115,8 +115,9 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	}
 	farm := &dispatch.Farm{
 		Fleet: workers, Scheduler: scheduler, Sessions: sessions, Relays: relays,
-		Publishing: publishing(cfg.Policy), Attempts: cfg.LegAttempts, FailoverWait: cfg.FailoverWait, Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
+		Publishing: publishing(cfg.Policy), Cache: cfg.Cache, Attempts: cfg.LegAttempts, FailoverWait: cfg.FailoverWait, Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
 	}
+	farm.Index = indexer(sessions)
 	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), cfg.SpoolMaxSize)
 	if err != nil {
 		return nil, err

@@ -18,7 +18,7 @@ import (
 // Solve is the way of a build: the request comes in; the client's frontend calls
 // split it into legs, which are scheduled and dispatched to workers; the legs
 // export, into registries by digest only; their descriptors are collected and
-// assembled into indexes, which go to the client or are published. An error before
+// assembled into indexes, which go to the client or are published; their caches are merged. An error before
 // that stops every leg, and no tag has moved; one while publishing tells which have.
 func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (response *controlapi.SolveResponse, err error) {
 	counted := c.farm.Metrics.Begun()
@@ -47,6 +47,9 @@ func (c *coordinator) Solve(ctx context.Context, req *controlapi.SolveRequest) (
 		c.farm.Sessions.Settle(ctx, req.GetSession())
 	}
 	rec.Built(ctx, legsOf(b), result.GetMetadata())
+	if err := c.mergeCaches(ctx, b, req, exported); err != nil {
+		return nil, err
+	}
 	images, err := c.assemble(b, exported)
 	if err != nil {
 		return nil, err

@@ -14,6 +14,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/history"
 	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/session/spool"
+	"github.com/archfarm/archfarm/coordinator/split"
 )
 
 func newCoordinator(stop <-chan struct{}) *cobra.Command {
@@ -61,6 +62,7 @@ func coordinatorFlags(cmd *cobra.Command) {
 	flags.StringArray("allow-emulation", nil, "pool whose workers may emulate platforms that no worker runs natively; may repeat")
 	flags.Int64("spool-max-size", export.DefaultSpoolLimit, "bytes of disk that archives merged from several platforms may take while they are made")
 	flags.Int64("context-spool-max-size", spool.DefaultLimit, "bytes of disk that files of local contexts may take which several workers of a build want, so that clients send each once; 0 for none, then they send them to each")
+	flags.String("cache", "", "registry cache of builds that name none: registry.example.com/cache/{{.Repository}}, with the tenant before that and the platform as its tag")
 	historyFlags(flags)
 	jobFlags(flags)
 	gossipFlags(flags)
@@ -200,6 +202,12 @@ func coordinatorConfig(cmd *cobra.Command, stop <-chan struct{}) (coordinator.Co
 	}
 	cfg.DrainTimeout, _ = flags.GetDuration("drain-timeout")
 	cfg.AllowEmulation, _ = flags.GetStringArray("allow-emulation")
+	if template, _ := flags.GetString("cache"); template != "" {
+		var err error
+		if cfg.Cache, err = split.ParseFarmCache(template); err != nil {
+			return cfg, usageError{fmt.Errorf("--cache %w", err)}
+		}
+	}
 	for name, limit := range map[string]*int{"max-builds": &cfg.MaxBuilds, "max-sessions": &cfg.MaxSessions} {
 		if *limit, _ = flags.GetInt(name); *limit < 1 {
 			return cfg, usageError{fmt.Errorf("--%s %d: at least 1 must be possible", name, *limit)}

@@ -6,6 +6,7 @@
 package dispatch
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/pb"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -43,8 +45,13 @@ type Farm struct {
 	// come back when no other would do.
 	Attempts     int
 	FailoverWait time.Duration
-	Metrics      *Metrics
-	Log          *slog.Logger
+	// Cache is the farm's own, nil for none.
+	Cache *split.FarmCache
+	// Index reads what a reference is in a registry, with the credentials of a session:
+	// an empty index when it is none. Nil: caches inside images are imported as they are.
+	Index   func(ctx context.Context, session string, c split.ImportedCache) (ocispecs.Index, error)
+	Metrics *Metrics
+	Log     *slog.Logger
 }
 
 // Build is one client request while it runs.
@@ -55,7 +62,9 @@ type Build struct {
 	farm   *Farm
 	who    identity.Identity // whose it is
 	client *client
-	warned *progress.Warned // by the legs
+	warned *progress.Warned  // by the legs
+	cache  *split.BuildCache // the farm's, nil for none
+	images imageIndexes      // of caches that it imports
 	req    *controlapi.SolveRequest
 	log    *slog.Logger
 
@@ -77,10 +86,11 @@ type Build struct {
 	legs       []*leg
 	shown      []*leg // what Explain tells of, by the order asked: the latest, queued or running
 	exports    *split.ExportPlan
-	merge      *export.Merge   // of what the legs export, nil where nothing is captured; set before the legs
-	ending     sync.WaitGroup  // legs that have finished, and are being let go
-	vacated    []*leg          // legs that have moved away, whose slots are kept for siblings that move
-	refs       map[string]held // results and the mounts of errors, by the id that the client knows
+	caches     *split.CachePlan // of several legs, else nil; set before the legs
+	merge      *export.Merge    // of what the legs export, nil where nothing is captured; set before the legs
+	ending     sync.WaitGroup   // legs that have finished, and are being let go
+	vacated    []*leg           // legs that have moved away, whose slots are kept for siblings that move
+	refs       map[string]held  // results and the mounts of errors, by the id that the client knows
 	containers map[string]*leg
 	over       bool           // no leg is continued elsewhere any more
 	rescues    sync.WaitGroup // of legs
@@ -121,6 +131,7 @@ func (f *Farm) newBuild(ctx context.Context, req *controlapi.SolveRequest) *Buil
 		Progress: progress.NewStream(0), farm: f, who: identity.FromContext(ctx), client: clientOf(ctx), warned: progress.NewWarned(), req: req, log: f.Log.With("build", req.GetRef()),
 		refs: map[string]held{}, containers: map[string]*leg{}, failed: make(chan error, 1), returned: make(chan struct{}),
 	}
+	b.cache = f.Cache.Of(cmp.Or(b.who.Tenant, identity.DefaultTenant), req)
 	// The build outlives its request by the rest of its progress; until it has its
 	// answer it ends with the request.
 	b.ctx, b.cancel = context.WithCancelCause(context.WithoutCancel(ctx))

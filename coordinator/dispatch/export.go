@@ -24,6 +24,8 @@ type Exported struct {
 	Response map[string]string
 	// Images are what several legs exported, in the order of the exporters.
 	Images []Image
+	// Caches are what several legs exported as caches, in the order of the exports.
+	Caches []Cache
 	// Metadata is the result's.
 	Metadata map[string][]byte
 }
@@ -135,6 +137,7 @@ func (b *Build) collect(shares []share, parts []exported, result *gwpb.Result) (
 	for _, part := range slices.Backward(parts) { // what legs disagree on, the first decides
 		maps.Copy(out.Response, part.response)
 	}
+	b.collectCaches(shares, parts, out)
 	plain := split.Single(result)
 	listed, err := listedPlatforms(result)
 	if err != nil {

@@ -44,10 +44,7 @@ func (b *Build) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveR
 	group, groupCtx := errgroup.WithContext(ctx)
 	for i, l := range legs {
 		group.Go(func() error {
-			own, err := l.FrontendRequest(req)
-			if err != nil {
-				return err
-			}
+			own := l.FrontendRequest(req)
 			own.AllowResultReturn, own.AllowResultArrayRef = true, true
 			at, resp, err := b.solveNative(groupCtx, l, own)
 			legs[i], results[i] = at, resp.GetResult()
@@ -87,11 +84,7 @@ func (b *Build) note(req *gwpb.SolveRequest) {
 // platforms are narrowed to the leg's.
 func (b *Build) solveOn(ctx context.Context, l *leg, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
 	if listed := req.GetFrontendOpt()["platform"]; listed != "" && len(b.running()) > 1 {
-		own, err := l.FrontendRequest(req)
-		if err != nil {
-			return nil, err
-		}
-		req = own
+		req = l.FrontendRequest(req)
 	}
 	_, resp, err := b.solveNative(ctx, l, req)
 	if err == nil && !req.GetAllowResultArrayRef() {

@@ -14,6 +14,7 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
+	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -51,6 +52,7 @@ type leg struct {
 	guests   sync.WaitGroup // the legs that run in this one's slot
 
 	exporters []*controlapi.Exporter // as its worker is told
+	notes     cacheNotes             // of the caches that it exports
 
 	session string // an alias of the client's, of the leg's own; empty where nothing that it exports is captured
 	forget  func() // the alias
@@ -98,8 +100,11 @@ func (l *leg) alias() {
 func (l *leg) begin(conn *fleet.Conn) {
 	req := l.Solve(l.build.req, identity.NewID(), l.exporters, l.split)
 	if l.split {
-		req.Cache = l.Cache(req.GetCache(), l.index == 0)
+		req.Cache = l.build.caches.Leg(l.Leg)
+	} else {
+		req.Cache = l.platform().CacheExports(req.GetCache())
 	}
+	req.Cache = l.build.cache.Export(l.platform(), req.GetCache())
 	if l.session != "" {
 		req.Session = l.session
 	}
@@ -191,6 +196,10 @@ func (l *leg) solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveRes
 			return nil, l.failed(err, l.worker.Name)
 		}
 	}
+	req, err := l.importing(req) //nolint:contextcheck // what the legs of a build look up together is under the build's
+	if err != nil {
+		return nil, err
+	}
 	resp, err := ask(ctx, l, gwpb.LLBBridgeClient.Solve, req)
 	if err != nil {
 		return nil, l.failed(err, l.worker.Name)
@@ -236,6 +245,9 @@ func (l *leg) result(ctx context.Context, part *gwpb.Result, plan *split.ExportP
 	}
 	out := exported{response: resp.GetExporterResponse()}
 	out.images, err = l.images(ctx, out.response, plan)
+	if err == nil {
+		out.caches, err = l.cacheShares(ctx, out.response)
+	}
 	if lost := l.attempt.conn.Lost(); err != nil && lost != nil {
 		err = l.failed(lost, l.worker.Name)
 	}
@@ -246,6 +258,7 @@ func (l *leg) result(ctx context.Context, part *gwpb.Result, plan *split.ExportP
 type exported struct {
 	response map[string]string
 	images   map[int]export.Written // of the image exporters that push or are described
+	caches   []digest.Digest        // the manifests of those that are merged, empty where it had none
 }
 
 // images reads the leg's indexes from the worker that wrote them: at once,
@@ -325,8 +338,10 @@ func (l *leg) progress(s *controlapi.StatusResponse) {
 		return // its steps are begun again elsewhere
 	}
 	if l.split {
+		l.notes.take(s)
 		s = withoutVerdicts(s)
 	}
+	s = l.withoutMiss(s)
 	l.build.publish(l.log.Translate(s))
 }
 

@@ -3,7 +3,6 @@ package dispatch
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"runtime"
 	"slices"
@@ -70,10 +69,10 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 			return err
 		}
 		b.prepareMerging(exports)
+		b.caches = split.PlanCaches(b.req.GetCache())
 	case b.farm.Publishing != nil:
 		exports = split.PlanSole(exporters, b.farm.Publishing)
 	}
-	b.warnOfCaches(all)
 	legs, err := b.place(ctx, all, exporters, exports)
 	if err != nil {
 		return err
@@ -87,17 +86,6 @@ func (b *Build) start(ctx context.Context, wanted []split.Leg, question bool) er
 		}
 	}
 	return nil
-}
-
-// warnOfCaches says which caches cannot hold what several legs export.
-func (b *Build) warnOfCaches(legs []split.Leg) {
-	for _, e := range b.req.GetCache().GetExports() {
-		if len(legs) > 1 && e.GetType() == "local" {
-			step := b.Progress.Step(fmt.Sprintf("warning: a local cache holds one platform, it gets that of %s", legs[0]))
-			step.Start()
-			step.Done(nil)
-		}
-	}
 }
 
 // place gets every leg onto a worker. A platform may lose its last worker, or

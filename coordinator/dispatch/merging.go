@@ -5,9 +5,11 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	bksession "github.com/moby/buildkit/session"
+	sessioncontent "github.com/moby/buildkit/session/content"
 	sessionexporter "github.com/moby/buildkit/session/exporter"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"google.golang.org/grpc/codes"
@@ -70,6 +72,15 @@ func (b *Build) session(ctx context.Context) (bksession.Caller, error) {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return client, nil
+}
+
+// ClientStore is a content store of the client's session.
+func (b *Build) ClientStore(ctx context.Context, name string) (content.Store, error) {
+	client, err := b.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return sessioncontent.NewCallerStore(client, name), nil
 }
 
 // servesNone tells whether a session has no exporters (BuildKit solver/llbsolver/export.go).

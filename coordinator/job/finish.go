@@ -25,6 +25,13 @@ const publishTimeout = 30 * time.Minute
 // publish assembles what the legs pushed and publishes it, unless the job is
 // cancelled until then.
 func (w *work) publish(ctx context.Context) error {
+	err := w.mergeCaches(ctx)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return w.fail("exporting caches", err)
+	}
 	content, err := w.assemble(ctx)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -45,6 +52,20 @@ func (w *work) publish(ctx context.Context) error {
 		return errCancelled
 	}
 	return w.push(ctx, content)
+}
+
+// conclude ends a job that has nothing to publish.
+func (w *work) conclude(ctx context.Context, todo next) error {
+	if todo.state == store.Succeeded {
+		err := w.mergeCaches(ctx)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			return w.fail("exporting caches", err)
+		}
+	}
+	return w.end(todo.state, "", todo.err)
 }
 
 // resume goes on with a publication that may have begun.

@@ -96,7 +96,7 @@ func (w *work) run(ctx context.Context, c store.Claimed) error {
 		case doRest:
 			return nil
 		case doEnd:
-			return w.end(todo.state, "", todo.err)
+			err = w.conclude(ctx, todo)
 		case doBuild:
 			err = w.build(ctx, todo.legs)
 		case doPublish:

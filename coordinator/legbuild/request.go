@@ -15,7 +15,6 @@ import (
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
-	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/moby/buildkit/solver/pb"
@@ -23,8 +22,6 @@ import (
 	"github.com/tonistiigi/fsutil"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	controlapi "github.com/moby/buildkit/api/services/control"
 
 	"github.com/archfarm/archfarm/coordinator/job"
 	jobspec "github.com/archfarm/archfarm/coordinator/job/spec"
@@ -183,9 +180,14 @@ func redactedURL(raw string) string {
 	return u.Redacted()
 }
 
-// addCaches gives each of several legs a place of its own for its cache, as the farm
-// does for the legs of one build, and lets all of them read the common one too.
+// addCaches has each of several legs put its share of a cache in a registry beside the
+// place that was asked for, where the job merges them.
 func addCaches(opt *client.SolveOpt, leg job.Leg) error {
+	p, err := platforms.Parse(leg.Platform)
+	if err != nil {
+		return status.Errorf(codes.InvalidArgument, "the platform %q: %v", leg.Platform, err)
+	}
+	part := split.Leg{Platform: platforms.Normalize(p)}
 	in, err := jobspec.FillCaches(leg.Spec.GetCacheFrom(), leg.Secrets)
 	if err != nil {
 		return err
@@ -202,27 +204,15 @@ func addCaches(opt *client.SolveOpt, leg job.Leg) error {
 	if inline, err := strconv.ParseBool(leg.Spec.GetBuildArgs()[inlineCacheArg]); err == nil && inline {
 		out = append(out, &archfarmv1.CacheEntry{Type: "inline"})
 	}
-	imports, exports := &gwpb.SolveRequest{}, &controlapi.CacheOptions{}
 	for _, e := range in {
-		imports.CacheImports = append(imports.CacheImports, &gwpb.CacheOptionsEntry{Type: e.GetType(), Attrs: e.GetAttrs()})
-	}
-	for _, e := range out {
-		exports.Exports = append(exports.Exports, &controlapi.CacheOptionsEntry{Type: e.GetType(), Attrs: e.GetAttrs()})
-	}
-	if all := leg.Spec.GetPlatforms(); len(all) > 1 {
-		p, err := platforms.Parse(leg.Platform)
-		if err != nil {
-			return status.Errorf(codes.InvalidArgument, "the platform %q: %v", leg.Platform, err)
-		}
-		part := split.Leg{Platform: platforms.Normalize(p)}
-		imports.CacheImports = part.CacheImports(imports.CacheImports)
-		exports = part.Cache(exports, leg.Platform == all[0])
-	}
-	for _, e := range imports.CacheImports {
 		opt.CacheImports = append(opt.CacheImports, client.CacheOptionsEntry{Type: e.GetType(), Attrs: attrsOf(e.GetAttrs())})
 	}
-	for _, e := range exports.Exports {
-		opt.CacheExports = append(opt.CacheExports, client.CacheOptionsEntry{Type: e.GetType(), Attrs: attrsOf(e.GetAttrs())})
+	for _, e := range out {
+		attrs := attrsOf(e.GetAttrs())
+		if len(leg.Spec.GetPlatforms()) > 1 && e.GetType() == "registry" {
+			attrs["ref"] = part.CacheRef(attrs["ref"])
+		}
+		opt.CacheExports = append(opt.CacheExports, client.CacheOptionsEntry{Type: e.GetType(), Attrs: attrs})
 	}
 	return nil
 }

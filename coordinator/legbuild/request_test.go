@@ -165,8 +165,8 @@ func TestSolveOpt_CachesOfSeveralPlatforms(t *testing.T) {
 		in, out  []string
 	}{
 		{"linux/amd64", []string{"linux/amd64"}, []string{plain + " "}, []string{plain + " max", "inline  "}},
-		{"linux/amd64", []string{"linux/amd64", "linux/arm64"}, []string{amd + " ", plain + " "}, []string{plain + " max", "inline  "}},
-		{"linux/arm64", []string{"linux/amd64", "linux/arm64"}, []string{arm + " ", plain + " "}, []string{arm + " max", "inline  "}},
+		{"linux/amd64", []string{"linux/amd64", "linux/arm64"}, []string{plain + " "}, []string{amd + " max", "inline  "}},
+		{"linux/arm64", []string{"linux/amd64", "linux/arm64"}, []string{plain + " "}, []string{arm + " max", "inline  "}},
 	} {
 		if in, out := refs(c.platform, c.all...); !reflect.DeepEqual(in, c.in) || !reflect.DeepEqual(out, c.out) {
 			t.Errorf("%s of %v: %q, %q", c.platform, c.all, in, out)

@@ -17,6 +17,8 @@ import (
 
 const (
 	optCacheImports = "cache-imports"
+	typeRegistry    = "registry"
+	typeLocal       = "local"
 	// maxCacheImports bounds the caches that a build imports, and maxCacheBytes their list.
 	maxCacheImports = 1000
 	maxCacheBytes   = 1 << 20
@@ -25,66 +27,33 @@ const (
 	// defaultCacheName is what BuildKit calls a cache in a store of several
 	// (cache/remotecache: gha's scope, s3's and azblob's name).
 	defaultCacheName = "buildkit"
+	// plainPlatform is whose caches keep the client's name.
+	plainPlatform = "linux/amd64"
 )
 
-// cacheNames are the attributes that tell the caches of a type apart.
-var cacheNames = map[string]string{"registry": "ref", "gha": "scope", "s3": "name", "azblob": "name"}
+// apartNames are the types whose caches are kept per platform, since nobody but the
+// workers can read and write them; and the attribute that tells caches of a type apart.
+var apartNames = map[string]string{"gha": "scope", "s3": "name", "azblob": "name"}
 
 var notInTags = regexp.MustCompile(`[^A-Za-z0-9_.-]+`)
 
-// Cache returns where one leg of several exports its cache to, so that none
-// overwrites another's: the first leg where the client said, the others beside it,
-// under the same name with the platform appended. A local cache has but one name,
-// and holds the first leg's.
-func (l Leg) Cache(c *controlapi.CacheOptions, first bool) *controlapi.CacheOptions {
-	if first || c == nil {
-		return c
-	}
-	out := &controlapi.CacheOptions{Imports: c.GetImports(), ImportRefsDeprecated: c.GetImportRefsDeprecated()}
-	exports := c.GetExports()
-	if ref := c.GetExportRefDeprecated(); ref != "" { // clients before BuildKit 0.4 send it
-		attrs := maps.Clone(c.GetExportAttrsDeprecated())
-		if attrs == nil {
-			attrs = map[string]string{}
-		}
-		attrs["ref"] = ref
-		exports = append(slices.Clone(exports), &controlapi.CacheOptionsEntry{Type: "registry", Attrs: attrs})
-	}
-	for _, e := range exports {
-		if e.GetType() != "local" {
-			out.Exports = append(out.Exports, &controlapi.CacheOptionsEntry{Type: e.GetType(), Attrs: l.cacheAttrs(e.GetType(), e.GetAttrs())})
-		}
-	}
-	return out
+// suffix of the leg's own names.
+func (l Leg) suffix() string {
+	return "-" + strings.Trim(notInTags.ReplaceAllString(l.String(), "-"), "-")
 }
 
-// CacheImports adds to the caches that a client names what Cache made of
-// their names for this leg.
-func (l Leg) CacheImports(imports []*gwpb.CacheOptionsEntry) []*gwpb.CacheOptionsEntry {
-	var out []*gwpb.CacheOptionsEntry
-	for _, e := range imports {
-		if _, ok := cacheNames[e.GetType()]; ok {
-			out = append(out, &gwpb.CacheOptionsEntry{Type: e.GetType(), Attrs: l.cacheAttrs(e.GetType(), e.GetAttrs())})
-		}
-		out = append(out, e)
-	}
-	return out
-}
-
-// cacheAttrs appends the platform to a cache's name.
-func (l Leg) cacheAttrs(kind string, attrs map[string]string) map[string]string {
-	key, ok := cacheNames[kind]
-	if !ok {
+// apartAttrs are the attributes of a cache by the name that it has for this leg: the
+// client's with the platform appended, except for linux/amd64, whose caches one gets who
+// does not know of all this. A leg asks for no other name: of two caches that a build
+// imports, BuildKit loses parts of one where they have a step in common.
+func (l Leg) apartAttrs(kind string, attrs map[string]string) map[string]string {
+	key, ok := apartNames[kind]
+	if !ok || l.Unnamed() || l.String() == plainPlatform {
 		return attrs
 	}
 	out := maps.Clone(attrs)
 	if out == nil {
 		out = map[string]string{}
-	}
-	suffix := "-" + strings.Trim(notInTags.ReplaceAllString(l.String(), "-"), "-")
-	if kind == "registry" {
-		out[key] = withTagSuffix(out[key], suffix)
-		return out
 	}
 	name := out[key]
 	if name == "" {
@@ -92,14 +61,33 @@ func (l Leg) cacheAttrs(kind string, attrs map[string]string) map[string]string 
 	}
 	names := strings.Split(name, ";") // s3 takes several
 	for i := range names {
-		names[i] += suffix
+		names[i] += l.suffix()
 	}
 	out[key] = strings.Join(names, ";")
 	return out
 }
 
-// withTagSuffix appends to a reference's tag. What is no tag, such as a malformed
-// reference, stays: BuildKit says what it thinks of it.
+// CacheExports returns where the only leg of a build exports its caches to.
+func (l Leg) CacheExports(c *controlapi.CacheOptions) *controlapi.CacheOptions {
+	exports := c.GetExports()
+	if !slices.ContainsFunc(exports, func(e *controlapi.CacheOptionsEntry) bool { return apartNames[e.GetType()] != "" }) {
+		return c
+	}
+	out := &controlapi.CacheOptions{
+		Imports: c.GetImports(), ImportRefsDeprecated: c.GetImportRefsDeprecated(),
+		ExportRefDeprecated: c.GetExportRefDeprecated(), ExportAttrsDeprecated: c.GetExportAttrsDeprecated(),
+	}
+	for _, e := range exports {
+		out.Exports = append(out.Exports, &controlapi.CacheOptionsEntry{Type: e.GetType(), Attrs: l.apartAttrs(e.GetType(), e.GetAttrs())})
+	}
+	return out
+}
+
+// CacheRef is where a leg that is built on its own puts its share of a cache in a registry:
+// the cache's reference with the platform appended to the tag. What is no tag, such as a
+// malformed reference, stays: BuildKit says what it thinks of it.
+func (l Leg) CacheRef(ref string) string { return withTagSuffix(ref, l.suffix()) }
+
 func withTagSuffix(ref, suffix string) string {
 	named, err := reference.ParseNormalizedNamed(ref)
 	if err != nil {
@@ -109,16 +97,20 @@ func withTagSuffix(ref, suffix string) string {
 	if !ok {
 		return ref
 	}
-	tag := tagged.Tag() + suffix
-	if len(tag) > maxTag {
-		sum := digest.FromString(tag).Encoded()[:12]
-		tag = tag[:maxTag-len(sum)-1] + "-" + sum
-	}
-	out, err := reference.WithTag(reference.TrimNamed(named), tag)
+	out, err := reference.WithTag(reference.TrimNamed(named), withTagLimit(tagged.Tag()+suffix))
 	if err != nil {
 		return ref
 	}
 	return out.String()
+}
+
+// withTagLimit makes what is too long for a tag fit, by the hash of it.
+func withTagLimit(tag string) string {
+	if len(tag) <= maxTag {
+		return tag
+	}
+	sum := digest.FromString(tag).Encoded()[:12]
+	return tag[:maxTag-len(sum)-1] + "-" + sum
 }
 
 // parseCacheImports reads the frontend's option of that name. Errors are
@@ -141,20 +133,10 @@ func parseCacheImports(list string) ([]*gwpb.CacheOptionsEntry, error) {
 }
 
 // FrontendRequest returns a frontend request as one leg of several sends it.
-// Errors are InvalidArgument.
-func (l Leg) FrontendRequest(req *gwpb.SolveRequest) (*gwpb.SolveRequest, error) {
+func (l Leg) FrontendRequest(req *gwpb.SolveRequest) *gwpb.SolveRequest {
 	out := Clone(req)
-	out.FrontendOpt, out.CacheImports = l.FrontendOpt(req.GetFrontendOpt()), l.CacheImports(req.GetCacheImports())
-	imports, err := parseCacheImports(req.GetFrontendOpt()[optCacheImports])
-	if err != nil || imports == nil {
-		return out, err
-	}
-	list, err := json.Marshal(l.CacheImports(imports))
-	if err != nil {
-		return nil, err
-	}
-	out.FrontendOpt[optCacheImports] = string(list)
-	return out, nil
+	out.FrontendOpt = l.FrontendOpt(req.GetFrontendOpt())
+	return out
 }
 
 // Clone returns a copy of a frontend request of which every field, and every option,

@@ -1,126 +1,116 @@
 package split
 
 import (
-	"encoding/json"
+	"strings"
 	"testing"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
-	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
+
+	"github.com/archfarm/archfarm/manifest"
 )
 
-func TestCache_NoLegWritesWhereAnotherDoes(t *testing.T) {
-	t.Parallel()
-	long := "localhost:5000/app:t123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456"
-	exports := []*controlapi.CacheOptionsEntry{
-		{Type: "registry", Attrs: map[string]string{"ref": "localhost:5000/app:cache", "mode": "max"}},
-		{Type: "registry", Attrs: map[string]string{"ref": "user/app"}},
-		{Type: "registry", Attrs: map[string]string{"ref": long}},
-		{Type: "registry", Attrs: map[string]string{"ref": "Not A Reference"}},
-		{Type: "gha", Attrs: nil},
-		{Type: "s3", Attrs: map[string]string{"name": "a;b", "bucket": "x"}},
-		{Type: "azblob", Attrs: map[string]string{}},
-		{Type: "inline"},
-		{Type: "local", Attrs: map[string]string{"dest": "/cache"}},
+func cacheEntry(kind string, attrs ...string) *controlapi.CacheOptionsEntry {
+	e := &controlapi.CacheOptionsEntry{Type: kind, Attrs: map[string]string{}}
+	for i := 0; i < len(attrs); i += 2 {
+		e.Attrs[attrs[i]] = attrs[i+1]
 	}
-	in := &controlapi.CacheOptions{Exports: exports}
-	legs := legsFor(t, "linux/amd64,linux/arm/v7")
-	if got := legs[0].Cache(in, true); got != in {
-		t.Errorf("the first leg's caches are %v", got)
-	}
-	got := legs[1].Cache(in, false).GetExports()
-	type entry struct{ kind, key, value string }
-	want := []entry{
-		{"registry", "ref", "localhost:5000/app:cache-linux-arm-v7"},
-		{"registry", "ref", "docker.io/user/app:latest-linux-arm-v7"},
-		{"registry", "ref", got[2].GetAttrs()["ref"]},
-		{"registry", "ref", "Not A Reference"},
-		{"gha", "scope", "buildkit-linux-arm-v7"},
-		{"s3", "name", "a-linux-arm-v7;b-linux-arm-v7"},
-		{"azblob", "name", "buildkit-linux-arm-v7"},
-		{"inline", "", ""},
-	}
-	if len(got) != len(want) {
-		t.Fatalf("%d caches, want %d: %v", len(got), len(want), got)
-	}
-	for i, w := range want {
-		if got[i].GetType() != w.kind || got[i].GetAttrs()[w.key] != w.value {
-			t.Errorf("cache %d is %v, want %v", i, got[i], w)
-		}
-	}
-	if ref := got[2].GetAttrs()["ref"]; ref == long || len(ref) != len("localhost:5000/app:")+maxTag {
-		t.Errorf("a tag too long for a suffix became %q", ref)
-	}
-	if got[0].GetAttrs()["mode"] != "max" || exports[0].GetAttrs()["ref"] != "localhost:5000/app:cache" {
-		t.Error("other attributes are lost, or the request was changed")
-	}
+	return e
 }
 
-func TestCache_OfOldClientsGoesBesideToo(t *testing.T) {
+func TestPlanCaches_NoLegWritesWhereAnotherDoes(t *testing.T) {
 	t.Parallel()
-	got := legsFor(t, "linux/arm64")[0].Cache(&controlapi.CacheOptions{ExportRefDeprecated: "localhost:5000/app:cache"}, false)
-	if len(got.GetExports()) != 1 || got.GetExports()[0].GetAttrs()["ref"] != "localhost:5000/app:cache-linux-arm64" || got.GetExportRefDeprecated() != "" {
-		t.Errorf("exports %v, old reference %q", got.GetExports(), got.GetExportRefDeprecated())
-	}
-}
-
-func TestFrontendRequest_ImportsWhatTheLegExported(t *testing.T) {
-	t.Parallel()
-	leg := legsFor(t, "linux/arm64")[0]
-	req := &gwpb.SolveRequest{
-		CacheImports: []*gwpb.CacheOptionsEntry{{Type: "gha"}},
-		FrontendOpt: map[string]string{
-			"platform":      "linux/amd64,linux/arm64",
-			"cache-imports": `[{"Type":"registry","Attrs":{"ref":"localhost:5000/app:cache"}},{"Type":"local","Attrs":{"src":"/x","digest":"sha256:1"}}]`,
+	in := &controlapi.CacheOptions{
+		Imports: []*controlapi.CacheOptionsEntry{cacheEntry("gha")},
+		Exports: []*controlapi.CacheOptionsEntry{
+			cacheEntry("registry", "ref", "localhost:5000/app:cache", "mode", "max"),
+			cacheEntry("registry", "ref", "user/app", "oci-mediatypes", "false", "ignore-error", "true", "registry.insecure", "1"),
+			cacheEntry("registry", "ref", "Not A Reference"),
+			cacheEntry("registry", "ref", "app@"+untagged.String()),
+			cacheEntry("registry", "ref", "app:x", "image-manifest", "perhaps"),
+			cacheEntry("local", "dest", "/cache", "image-manifest", "false"),
+			cacheEntry("local"),
+			cacheEntry("gha"),
+			cacheEntry("s3", "name", "a;b", "bucket", "x"),
+			cacheEntry("azblob"),
+			cacheEntry("inline"),
 		},
 	}
-	out, err := leg.FrontendRequest(req)
-	if err != nil {
-		t.Fatal(err)
+	plan := PlanCaches(in)
+	wantEqual(t, "merged", plan.Merged(), []CacheExport{
+		{Ref: "localhost:5000/app:cache", Format: manifest.CacheFormat{Image: true}, Step: exportToRegistry},
+		{Ref: "docker.io/user/app:latest", Format: manifest.CacheFormat{Docker: true}, Insecure: true, IgnoreError: true, Step: exportToRegistry, Nth: 1},
+		{Store: "local:/cache", Step: exportToClient},
+	})
+	if !plan.Several() {
+		t.Error("an answer of such a leg was thought to name the only cache")
 	}
-	var listed []*gwpb.CacheOptionsEntry
-	if err := json.Unmarshal([]byte(out.GetFrontendOpt()["cache-imports"]), &listed); err != nil {
-		t.Fatal(err)
-	}
-	var refs []string
-	for _, e := range listed {
-		refs = append(refs, e.GetType()+" "+e.GetAttrs()["ref"])
-	}
-	wantEqual(t, "imports", refs, []string{"registry localhost:5000/app:cache-linux-arm64", "registry localhost:5000/app:cache", "local "})
-	if n := len(out.GetCacheImports()); n != 2 || out.GetCacheImports()[0].GetAttrs()["scope"] != "buildkit-linux-arm64" {
-		t.Errorf("imports of the request: %v", out.GetCacheImports())
+	beside := "@" + untagged.String()
+	for platform, suffix := range map[string]string{"linux/amd64": "", "linux/arm/v7": "-linux-arm-v7"} {
+		name := ""
+		if suffix != "" {
+			name = "buildkit" + suffix
+		}
+		got := plan.Leg(legsFor(t, platform)[0])
+		want := []struct{ key, value string }{
+			{"ref", "localhost:5000/app:cache" + beside}, {"ref", "docker.io/user/app:latest" + beside}, {"ref", "Not A Reference"},
+			{"ref", "app" + beside}, {"ref", "app:x"}, {"dest", "/cache"}, {"dest", ""}, {"scope", name}, {"name", "a" + suffix + ";b" + suffix}, {"name", name}, {"", ""},
+		}
+		if len(got.GetExports()) != len(want) || len(got.GetImports()) != 1 {
+			t.Fatalf("%s: %v", platform, got)
+		}
+		for i, w := range want {
+			if e := got.GetExports()[i]; e.GetType() != in.GetExports()[i].GetType() || e.GetAttrs()[w.key] != w.value {
+				t.Errorf("%s: cache %d is %v, want %v", platform, i, e, w)
+			}
+		}
+		if got.GetExports()[0].GetAttrs()["mode"] != "max" || in.GetExports()[0].GetAttrs()["ref"] != "localhost:5000/app:cache" {
+			t.Error("other attributes are lost, or the request was changed")
+		}
 	}
 }
 
-func TestFrontendRequest_RefusesImportsThatItCannotRead(t *testing.T) {
+func TestPlanCaches_OfOldClientsAndOfNone(t *testing.T) {
 	t.Parallel()
 	leg := legsFor(t, "linux/arm64")[0]
-	for name, list := range map[string]string{"no JSON": "{", "another shape": `{"Type":1}`, "too long": string(make([]byte, maxCacheBytes+1))} {
-		if _, err := leg.FrontendRequest(&gwpb.SolveRequest{FrontendOpt: map[string]string{"cache-imports": list}}); status.Code(err) != codes.InvalidArgument {
-			t.Errorf("%s: %v", name, err)
-		}
+	plan := PlanCaches(&controlapi.CacheOptions{ExportRefDeprecated: "localhost:5000/app:cache", ExportAttrsDeprecated: map[string]string{"mode": "max"}})
+	got := plan.Leg(leg)
+	if len(plan.Merged()) != 1 || plan.Several() || len(got.GetExports()) != 1 || got.GetExports()[0].GetAttrs()["mode"] != "max" || got.GetExportRefDeprecated() != "" {
+		t.Errorf("merged %v, exports %v, old reference %q", plan.Merged(), got.GetExports(), got.GetExportRefDeprecated())
+	}
+	if none := PlanCaches(nil); none.Leg(leg) != nil || len(none.Merged()) != 0 {
+		t.Error("something came of nothing")
+	}
+	if (*CachePlan)(nil).Merged() != nil {
+		t.Error("a build of one leg merges caches")
 	}
 }
 
-func FuzzCacheImports(f *testing.F) {
-	f.Add(`[{"Type":"registry","Attrs":{"ref":"localhost:5000/app:cache"}}]`)
-	f.Add(`[{"Type":"s3","Attrs":{"name":";"}},null]`)
-	f.Add(`[]`)
-	f.Fuzz(func(t *testing.T, list string) {
-		legs, err := Legs(map[string]string{optPlatform: "linux/arm64"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		out, err := legs[0].FrontendRequest(&gwpb.SolveRequest{FrontendOpt: map[string]string{optCacheImports: list}})
-		if err != nil {
-			if status.Code(err) != codes.InvalidArgument {
-				t.Fatalf("error %v has code %s", err, status.Code(err))
-			}
-			return
-		}
-		if _, err := parseCacheImports(out.GetFrontendOpt()[optCacheImports]); err != nil {
-			t.Fatalf("what was made of %q cannot be read: %v", list, err)
-		}
-	})
+func TestCacheExports_OfTheOnlyLeg(t *testing.T) {
+	t.Parallel()
+	in := &controlapi.CacheOptions{Exports: []*controlapi.CacheOptionsEntry{cacheEntry("registry", "ref", "app"), cacheEntry("gha", "scope", "x")}}
+	got := legsFor(t, "linux/arm64")[0].CacheExports(in).GetExports()
+	wantEqual(t, "reference", got[0].GetAttrs()["ref"], "app")
+	wantEqual(t, "scope", got[1].GetAttrs()["scope"], "x-linux-arm64")
+	for _, platform := range []string{"linux/amd64", ""} {
+		got := legsFor(t, platform)[0].CacheExports(in).GetExports()
+		wantEqual(t, "scope", got[1].GetAttrs()["scope"], "x")
+	}
+	plain := &controlapi.CacheOptions{Exports: in.GetExports()[:1], ExportRefDeprecated: "old"}
+	if legsFor(t, "linux/arm64")[0].CacheExports(plain) != plain {
+		t.Error("a request without such caches was changed")
+	}
+}
+
+func TestCacheRef_AppendsThePlatform(t *testing.T) {
+	t.Parallel()
+	leg := legsFor(t, "linux/arm/v7")[0]
+	for ref, want := range map[string]string{
+		"localhost:5000/app:cache": "localhost:5000/app:cache-linux-arm-v7", "user/app": "docker.io/user/app:latest-linux-arm-v7", "Not A Reference": "Not A Reference",
+	} {
+		wantEqual(t, ref, leg.CacheRef(ref), want)
+	}
+	long := "localhost:5000/app:" + strings.Repeat("t", maxTag)
+	if got := leg.CacheRef(long); got == long || len(got) != len(long) {
+		t.Errorf("a tag too long for a suffix became %q", got)
+	}
 }
