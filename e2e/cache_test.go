@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -346,4 +347,51 @@ func TestCache_OfTheFarm(t *testing.T) {
 		t.Errorf("without the cache, workers that are cold had something:\n%s", result.Output)
 	}
 	t.Logf("two platforms on cold workers: %s with the farm's cache, %s without", with.Round(time.Millisecond), without.Round(time.Millisecond))
+}
+
+// TestCache_AWorkerLostWhileItExports: the leg goes on elsewhere, and its cache is that of the attempt that succeeded.
+func TestCache_AWorkerLostWhileItExports(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	tools := farmtest.FindFarmTools(t)
+	arrived, leave := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	registry := farmtest.StartRegistry(t, tools, farmtest.RegistryOptions{Fault: func(r *http.Request) int {
+		if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/caches/manifests/") {
+			once.Do(func() { // the amd64 leg's: the other one has nothing to export
+				close(arrived)
+				<-leave
+			})
+		}
+		return 0
+	}})
+	letGo := sync.OnceFunc(func() { close(leave) })
+	t.Cleanup(letGo)
+	farm := farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{
+		{Name: "amd-1", Slots: 2}, {Name: "amd-2", Slots: 1}, {Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1},
+	}})
+	r := rigAt(t, tools, &farm.Endpoint, registry)
+	dir := r.context(t, map[string]string{"src": "source", "Dockerfile": "FROM scratch AS leg-amd64\nCOPY busybox /bin/busybox\n" +
+		farmtest.Run("/bin/busybox head -c 99 /dev/urandom > /made") + "\nFROM scratch AS leg-arm64\nFROM leg-${TARGETARCH}\n"})
+	args := []string{"--platform", both, "--provenance=false", "--push"}
+	cache := r.registry.Host + "/caches:app"
+	build := r.Client.StartBuild(t, append(args, "-t", r.ref("v1"), "--cache-to", "type=registry,mode=max,ref="+cache, dir)...)
+	select {
+	case <-arrived:
+	case <-time.After(buildLimit):
+		t.Fatalf("no cache is exported:\n%s", build.Output())
+	}
+	lost, _ := r.amd(t, build)
+	lost.Buildkitd.Kill()
+	letGo()
+	if code := build.Wait(t, buildLimit); code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, build.Output())
+	}
+	if !strings.Contains(build.Output(), "worker "+lost.Name+" was lost; continuing on ") {
+		t.Errorf("the leg was not continued:\n%s", build.Output())
+	}
+	wantList(t, "caches", r.registry.Tags(t, "caches"), "app")
+	plain := farmtest.StartDirect(t, r.tools)
+	wantAllCached(t, plain.Client.Build(t, append(args, "-t", r.ref("v2"), "--cache-from", "type=registry,ref="+cache, dir)...).Output, 2)
+	r.wantSameLayers(t, "v2")
 }
