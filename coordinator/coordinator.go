@@ -123,7 +123,7 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 		return nil, err
 	}
 	if cfg.ContextSpoolMaxSize > 0 {
-		sessions.Spool, err = spool.New(filepath.Join(cfg.DataDir, "spool", "contexts"), cfg.ContextSpoolMaxSize) // after the other, which empties the folder
+		sessions.Spool, err = spool.New(filepath.Join(cfg.DataDir, "context-spool"), cfg.ContextSpoolMaxSize)
 		if err != nil {
 			return nil, err
 		}

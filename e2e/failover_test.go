@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"net/http"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -16,12 +17,13 @@ import (
 func spare(t *testing.T, args ...string) rig {
 	t.Helper()
 	farmOnly(t)
-	return newFarm(t, farmtest.FarmOptions{
-		Workers: []farmtest.WorkerSpec{
-			{Name: "amd-1", Slots: 2}, {Name: "amd-2", Slots: 1}, {Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1},
-		},
-		CoordinatorArgs: args,
-	})
+	return newFarm(t, farmtest.FarmOptions{Workers: spares(), CoordinatorArgs: args})
+}
+
+func spares() []farmtest.WorkerSpec {
+	return []farmtest.WorkerSpec{
+		{Name: "amd-1", Slots: 2}, {Name: "amd-2", Slots: 1}, {Name: "arm-1", Platforms: []string{"linux/arm64"}, Slots: 1},
+	}
 }
 
 // losses are the ways in which a worker is lost.
@@ -196,26 +198,33 @@ func TestFailover_WhereverTheLegIs(t *testing.T) {
 	t.Parallel()
 	big := strings.Repeat("0123456789abcdef", 4<<20) // 64 MiB
 	for name, test := range map[string]struct {
-		args []string
 		when string // the line of the build's output at which the worker is killed
+		held bool   // the registry takes nothing before that
 	}{
 		"it reads the context":  {when: "transferring context"},
 		"it exports its layers": {when: "exporting layers"},
-		"it pushes them":        {when: "pushing layers"},
-		"it exports its cache":  {args: []string{"--cache-to", "type=registry,ref=REF:cache,mode=max"}, when: "writing layer"},
+		"it pushes them":        {when: "pushing layers", held: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := spare(t)
+			farmOnly(t)
+			tools, letGo := farmtest.FindFarmTools(t), make(chan struct{})
+			registry := farmtest.StartRegistry(t, tools, farmtest.RegistryOptions{Fault: func(q *http.Request) int {
+				if test.held && q.Method != http.MethodGet && q.Method != http.MethodHead {
+					select {
+					case <-letGo:
+					case <-q.Context().Done():
+					}
+				}
+				return 0
+			}})
+			r := rigAt(t, tools, &farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: spares()}).Endpoint, registry)
 			dir := r.context(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY big /big\nCOPY hello /hello\n", "big": big, "hello": "hello\n"})
-			args := []string{"--platform", both, "--push", "-t", r.ref("v1")}
-			for _, a := range test.args {
-				args = append(args, strings.ReplaceAll(a, "REF", r.registry.Host+"/"+r.repo))
-			}
-			build := r.Client.StartBuild(t, append(args, dir)...)
+			build := r.Client.StartBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), dir)
 			lost, _ := r.amd(t, build)
 			build.WaitOutput(t, buildLimit, test.when, lineAbout(test.when))
 			lost.Buildkitd.Kill()
+			close(letGo)
 			if code := build.Wait(t, buildLimit); code != 0 {
 				t.Fatalf("exit code %d:\n%s", code, build.Output())
 			}
