@@ -115,7 +115,9 @@ func (c *coordinator) publish(ctx context.Context, b *dispatch.Build, req *contr
 	var done []string
 	for _, i := range images {
 		if i.Kind == split.KindPushed {
-			c.note(ctx, b, c.publication(ctx, req, i))
+			pushed := c.publication(ctx, req, i)
+			pushed.Pushed = true
+			c.note(ctx, b, pushed)
 			continue
 		}
 		if i.Kind != split.KindImage || len(i.publication.Names) == 0 {

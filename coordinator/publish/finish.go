@@ -75,6 +75,12 @@ func (p *Publisher) renew(ctx context.Context, l store.Lease) (store.Lease, bool
 
 // move makes the tags point at the content.
 func (p *Publisher) move(ctx context.Context, w *work) error {
+	if w.Pushed {
+		for _, t := range w.tags {
+			t.state = store.Published
+		}
+		return nil
+	}
 	for i, t := range w.tags {
 		if i == 0 {
 			w.begin(t)

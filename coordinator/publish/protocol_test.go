@@ -61,6 +61,28 @@ func TestPublish_PlainPushIsBoundReadBackAndWarned(t *testing.T) {
 	}
 }
 
+// TestPublish_WhatAWorkerHasPushedIsOnlyRecorded, and told where the policy would not have had it.
+func TestPublish_WhatAWorkerHasPushedIsOnlyRecorded(t *testing.T) {
+	t.Parallel()
+	g, one, two := newRig(t, farmtest.RegistryOptions{}), index("one"), index("two")
+	p := g.publisher(t)
+	var s seen
+	for _, r := range []Request{g.build("b1", one, "app:v1.0.0"), g.build("b2", two, "app:v1.0.0")} {
+		r.Pushed = true
+		if err := p.Publish(t.Context(), r, &s); err != nil {
+			t.Fatal(err)
+		}
+		p.Close()
+	}
+	if asked := g.asked(); len(asked) != 0 {
+		t.Errorf("the registry was asked: %q", asked)
+	}
+	g.wantBindings(t, "app:v1.0.0", published(two), published(one))
+	if len(s.steps) != 0 || len(s.warnings) != 1 || !strings.Contains(s.warnings[0], "build b1") {
+		t.Errorf("steps %q, warnings %q", s.steps, s.warnings)
+	}
+}
+
 func TestPublish_OffIsNotRecorded(t *testing.T) {
 	t.Parallel()
 	g, one := newRig(t, farmtest.RegistryOptions{}), index("one")

@@ -49,6 +49,8 @@ type Request struct {
 	Names    []string
 	ByDigest bool
 	Source   store.Source
+	// Pushed: somebody else has moved the tags already, and the ledger is only told.
+	Pushed bool
 	// OverwriteNewer lets an older commit replace a newer one behind a mutable tag.
 	OverwriteNewer bool
 	Registry       Registry
