@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"net/http"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -61,9 +62,10 @@ func TestFailover_ALostWorkersLegGoesOnElsewhere(t *testing.T) {
 			if code := build.Wait(t, buildLimit); code != 0 {
 				t.Fatalf("exit code %d:\n%s", code, build.Output())
 			}
-			want := "[linux/amd64] worker " + lost.Name + " was lost; continuing on " + other.Name + " (attempt 2 of 3)"
-			if !strings.Contains(build.Output(), want) {
-				t.Errorf("the build's output does not say %q:\n%s", want, build.Output())
+			// A killed buildkitd whose agent has not noticed yet may have been tried once more.
+			said := regexp.MustCompile(`\[linux/amd64\] worker ` + lost.Name + ` was lost; continuing on ` + other.Name + ` \(attempt [23] of 3\)`)
+			if !said.MatchString(build.Output()) {
+				t.Errorf("the build's output does not say %q:\n%s", said, build.Output())
 			}
 			r.checkGate(t, "v1")
 		})

@@ -13,7 +13,7 @@ const (
 	// first record (RFC 8446, section 5.1). Neither HTTP/2 nor a tunnel begins so.
 	handshake = 0x16
 	// farewellWithin and farewellBytes bound the reading of what a client goes on
-	// saying that has been told to use TLS.
+	// saying that has been refused.
 	farewellWithin = time.Second
 	farewellBytes  = 64 << 10
 )
@@ -46,6 +46,7 @@ func (l *Listener) introduce(raw net.Conn) (conn net.Conn, id string, head []byt
 	switch {
 	case first == handshake && l.security.TLS != nil:
 		if conn, err = l.security.TLS(begun); err != nil {
+			Farewell(raw) // it has been sent an alert
 			return nil, "", nil, err
 		}
 		id, head, err = l.peek(conn)
@@ -74,8 +75,13 @@ func (l *Listener) advise(conn net.Conn) {
 	if _, err := conn.Write(frames); err != nil {
 		return
 	}
-	// With bytes of the client unread, closing would reset the connection, and the
-	// client might not read what it was told.
+	Farewell(conn)
+}
+
+// Farewell lets a client read why it was refused, for a second at most: with bytes of
+// the client unread, closing would reset the connection, and the client might not read
+// what it was told. Whoever calls it closes the connection then.
+func Farewell(conn net.Conn) {
 	if half, ok := conn.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
 		return
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/identity"
+	"github.com/archfarm/archfarm/tunnel"
 )
 
 // handshake is the first byte of a TLS connection: the content type of its first
@@ -84,6 +85,7 @@ func (c *httpConn) introduce() {
 	}
 	over, err := c.listener.door.secureWith(&begun{Conn: c.Conn, head: head}, c.listener.config)
 	if err != nil {
+		tunnel.Farewell(c.Conn)
 		c.err = err
 		return
 	}
