@@ -17,7 +17,9 @@ func newQueue() *cobra.Command {
 		Use:   "queue",
 		Short: "List what waits for a worker",
 		Long: `List the legs of builds that wait for a worker, in the order of the queue. A client
-with a certificate sees those of its tenant.`,
+with a certificate sees those of its tenant. When a leg starts is estimated by how long
+the projects that run, and those ahead, took before; nothing is said where one of them
+is new.`,
 		Example: `  archfarm queue
   archfarm queue --output json | jq 'group_by(.platform) | map({(.[0].platform): length}) | add'`,
 		Args: noArgs,
@@ -52,6 +54,7 @@ type queuedJSON struct {
 	Since    time.Time `json:"since"`
 	Ahead    uint32    `json:"ahead"`
 	Reason   string    `json:"reason"`
+	Estimate float64   `json:"estimate_seconds,omitempty"` // unless it is not known
 }
 
 func printQueue(out io.Writer, output string, legs []*archfarmv1.QueuedLeg, now time.Time) error {
@@ -60,19 +63,28 @@ func printQueue(out io.Writer, output string, legs []*archfarmv1.QueuedLeg, now 
 		list = append(list, queuedJSON{
 			Build: l.GetBuild(), Platform: l.GetPlatform(), Pools: append([]string{}, l.GetPools()...), Tenant: l.GetTenant(),
 			Since: l.GetSince().AsTime(), Ahead: l.GetAhead(), Reason: l.GetReason(),
+			Estimate: l.GetEstimate().AsDuration().Seconds(),
 		})
 	}
 	if output == "json" {
 		return printJSON(out, list)
 	}
 	table := tabwriter.NewWriter(out, 0, 4, 3, ' ', 0)
-	fmt.Fprintln(table, "BUILD\tPLATFORM\tPOOLS\tTENANT\tWAITING\tAHEAD\tREASON")
+	fmt.Fprintln(table, "BUILD\tPLATFORM\tPOOLS\tTENANT\tWAITING\tAHEAD\tSTARTS IN\tREASON")
 	for _, l := range list {
 		pools := strings.Join(l.Pools, ",")
 		if pools == "" {
 			pools = "any"
 		}
-		printRow(table, []string{l.Build, l.Platform, pools, l.Tenant, now.Sub(l.Since).Round(time.Second).String(), fmt.Sprint(l.Ahead), l.Reason})
+		printRow(table, []string{l.Build, l.Platform, pools, l.Tenant, now.Sub(l.Since).Round(time.Second).String(), fmt.Sprint(l.Ahead), startsIn(l.Estimate), l.Reason})
 	}
 	return table.Flush()
+}
+
+// startsIn is an estimate in seconds for people; 0 is one that is not known.
+func startsIn(seconds float64) string {
+	if seconds == 0 {
+		return "-"
+	}
+	return "about " + time.Duration(seconds*float64(time.Second)).Round(time.Second).String()
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
@@ -362,19 +363,19 @@ func TestDrainWatch(t *testing.T) {
 func TestQueue(t *testing.T) {
 	t.Parallel()
 	f := &fleet{queue: []*archfarmv1.QueuedLeg{
-		{Build: "b1", Platform: "linux/arm64", Pools: []string{"office", "cloud"}, Tenant: "acme", Since: timestamppb.New(since), Ahead: 3, Reason: "linux/arm64: 2 full\x1b"},
+		{Build: "b1", Platform: "linux/arm64", Pools: []string{"office", "cloud"}, Tenant: "acme", Since: timestamppb.New(since), Ahead: 3, Reason: "linux/arm64: 2 full\x1b", Estimate: durationpb.New(95400 * time.Millisecond)},
 		{Build: "b2", Platform: "any", Since: timestamppb.New(since.Add(time.Minute))},
 	}}
-	const want = `BUILD   PLATFORM      POOLS          TENANT   WAITING   AHEAD   REASON
-b1      linux/arm64   office,cloud   acme     2m0s      3       linux/arm64: 2 full?
-b2      any           any            -        1m0s      0       
+	const want = `BUILD   PLATFORM      POOLS          TENANT   WAITING   AHEAD   STARTS IN     REASON
+b1      linux/arm64   office,cloud   acme     2m0s      3       about 1m35s   linux/arm64: 2 full?
+b2      any           any            -        1m0s      0       -             
 `
 	var out bytes.Buffer
 	if err := printQueue(&out, "table", f.queue, since.Add(2*time.Minute)); err != nil || out.String() != want {
 		t.Errorf("%v, got\n%s\nwant\n%s", err, out.String(), want)
 	}
 	list := decoded[[]queuedJSON](t, run(t, "queue", "--farm", f.serve(t), "-o", "json"))
-	if len(list) != 2 || list[0].Build != "b1" || list[0].Ahead != 3 || !list[0].Since.Equal(since) || list[1].Pools == nil {
+	if len(list) != 2 || list[0].Build != "b1" || list[0].Ahead != 3 || list[0].Estimate != 95.4 || list[1].Estimate != 0 || !list[0].Since.Equal(since) || list[1].Pools == nil {
 		t.Errorf("got %+v", list)
 	}
 	if got := run(t, "queue", "--farm", (&fleet{}).serve(t), "-o", "json"); got != "[]\n" {

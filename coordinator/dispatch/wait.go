@@ -30,8 +30,8 @@ func (p *placing) queued(at schedule.Position) {
 		}
 		p.queue = p.step(name)
 	}
-	p.queue.Log(fmt.Sprintf("position %d in the queue: %s\n", at.Ahead+1, at.Reason))
-	p.leg.build.log.Info("leg queued", "platform", p.leg.String(), "position", at.Ahead+1, "reason", at.Reason)
+	p.queue.Log(at.String() + "\n")
+	p.leg.build.log.Info("leg queued", "platform", p.leg.String(), "position", at.Ahead+1, "reason", at.Reason, "estimate", at.Estimate)
 }
 
 // assigned tells which worker, and why that one. A build of one leg that did not

@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/platforms"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/archfarm/archfarm/coordinator/dispatch"
@@ -32,11 +33,15 @@ func (f *Fleet) ListQueue(ctx context.Context, _ *archfarmv1.ListQueueRequest) (
 		if !who.MaySee(l.Tenant) {
 			continue
 		}
-		response.Legs = append(response.Legs, &archfarmv1.QueuedLeg{
+		leg := &archfarmv1.QueuedLeg{
 			Build: l.Build, Platform: l.Platform, Pools: l.Pools, Tenant: l.Tenant, Since: timestamppb.New(l.Since),
 			Ahead:  uint32(max(l.Ahead, 0)), //nolint:gosec // a queue of 4 billion legs does not fit into memory
 			Reason: l.Reason,
-		})
+		}
+		if l.Estimate > 0 {
+			leg.Estimate = durationpb.New(l.Estimate)
+		}
+		response.Legs = append(response.Legs, leg)
 	}
 	return response, nil
 }

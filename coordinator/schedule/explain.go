@@ -75,6 +75,7 @@ func (s *Scheduler) Explain(d Demand) Explanation {
 			o.ahead += len(c.queue)
 		}
 	}
+	o.estimate = s.estimateNew(d)
 	return o.explain()
 }
 
@@ -86,7 +87,8 @@ func (t *Ticket) Explain(i int) Explanation {
 	o := s.outlook(l.demand, l.excluded)
 	switch l.state {
 	case queued:
-		o.state, o.since, o.ahead = queued, l.since, s.position(l).Ahead
+		at := s.position(l)
+		o.state, o.since, o.ahead, o.estimate = queued, l.since, at.Ahead, at.Estimate
 	case granted:
 		o.state, o.since, o.assignment = granted, l.began, l.assignment
 	case closed:
@@ -105,7 +107,8 @@ type outlook struct {
 	homes    map[string]int
 	frees    map[string]time.Duration // name → until a slot may be expected to become free, where that is known
 	emulated bool
-	ahead    int // waiting legs that come first
+	ahead    int           // waiting legs that come first
+	estimate time.Duration // until it gets a slot; 0: not known
 
 	state      legState
 	since      time.Time // the state is as it is
@@ -264,7 +267,11 @@ func (o outlook) obstacle() string {
 		parts = append(parts, noWorker(o.workers, o.demand, o.excluded).Error())
 	}
 	if o.ahead > 0 {
-		parts = append(parts, count(o.ahead, "leg comes first", "legs come first"))
+		what := count(o.ahead, "leg comes first", "legs come first")
+		if o.estimate > 0 {
+			what += ", so that it starts in about " + Lasting(o.estimate)
+		}
+		parts = append(parts, what)
 	}
 	if o.emulated && len(o.ready()) > 0 {
 		parts = append(parts, whyEmulated)

@@ -169,7 +169,7 @@ func TestScheduler_EstimatesFromHowLongAttemptsTook(t *testing.T) {
 	if len(queue) != 1 || queue[0].Build != "ref" || queue[0].Tenant != "acme" || queue[0].Platform != arm64 || queue[0].Ahead != 0 || !queue[0].Since.Equal(now.Add(-12*time.Second)) || queue[0].Reason != "linux/arm64: 1 full, 1 draining" {
 		t.Errorf("%+v", queue)
 	}
-	if got, want := s.Explain(Demand{Platform: platform(arm64)}).Summary, "would wait: mac-1 frees up in about 21 s; 1 other is draining; 1 leg comes first"; got != want {
+	if got, want := s.Explain(Demand{Platform: platform(arm64)}).Summary, "would wait: mac-1 frees up in about 21 s; 1 other is draining; 1 leg comes first, so that it starts in about 54 s"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	now = now.Add(time.Minute) // longer than ever: who knows

@@ -41,6 +41,10 @@ type class struct {
 
 	reason      string
 	reasonEpoch uint64 // epoch+1 that reason is of; 0: none
+
+	starts      []time.Time // of its first legs: when each may be expected to get a slot; zero: not known
+	startsAt    time.Time   // when that was estimated
+	startsEpoch uint64      // epoch+1 that starts are of; 0: none
 }
 
 // legState is where a leg is between the queue and its worker.
@@ -286,7 +290,7 @@ func (s *Scheduler) position(l *leg) Position {
 		n, _ := slices.BinarySearchFunc(r.queue, l, before)
 		ahead += n
 	}
-	return Position{Ahead: ahead, Reason: s.reasonOf(c)}
+	return Position{Ahead: ahead, Reason: s.reasonOf(c), Estimate: s.estimate(l, ahead)}
 }
 
 // rivalsOf returns the other classes that have eligible workers in common with c.

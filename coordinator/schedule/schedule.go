@@ -125,6 +125,9 @@ type Position struct {
 	Ahead int
 	// Reason says why no worker is free: "linux/arm64: 2 full, 1 draining".
 	Reason string
+	// Estimate is for how long it may be expected to wait, judged by how long the attempts
+	// of those that hold slots, and of those ahead, took before; 0: not known.
+	Estimate time.Duration
 }
 
 // Assignment is one slot of a worker, granted to a leg.

@@ -27,8 +27,9 @@ type Ticket struct {
 
 // Wait returns the assignment of leg i once it has one. While it waits it calls queued,
 // if not nil, from the caller's goroutine: at once, and when position or reason have
-// changed, at most four times a second. After Release or an error, Wait queues the leg
-// again, at the same priority.
+// changed, or the estimate proves to be off by more than half of what it was, at most
+// four times a second. After Release or an error, Wait queues the leg again, at the same
+// priority.
 //
 // The errors: *build.NoWorkerError when for Grace the fleet has had no worker at all that
 // may ever take the leg; ErrClosed; and ctx's, when it ends, with the leg out of the queue
@@ -36,6 +37,7 @@ type Ticket struct {
 func (t *Ticket) Wait(ctx context.Context, i int, queued func(Position)) (Assignment, error) {
 	l := t.legs[i]
 	var told *Position
+	var toldAt time.Time
 	for {
 		if ctx.Err() != nil {
 			t.withdraw(l)
@@ -45,10 +47,16 @@ func (t *Ticket) Wait(ctx context.Context, i int, queued func(Position)) (Assign
 		if at.settled {
 			return at.assignment, at.err
 		}
-		if queued != nil && (told == nil || *told != at.position) {
-			queued(at.position)
+		if told == nil || told.outdated(at.position, at.now.Sub(toldAt)) {
+			told, toldAt = &at.position, at.now
+			if queued != nil {
+				queued(at.position)
+			}
 		}
-		told = &at.position
+		at.doubtful = -1
+		if told.Estimate > 0 {
+			at.doubtful = max(told.doubtful()-at.now.Sub(toldAt), 0)
+		}
 		at.sleep(ctx)
 	}
 }
@@ -158,7 +166,9 @@ type standing struct {
 	assignment Assignment
 	err        error
 
+	now      time.Time
 	position Position
+	doubtful time.Duration   // until the estimate told last has proved to be wrong; negative: none was told
 	patience time.Duration   // until the wait is hopeless; negative: for ever
 	moved    <-chan struct{} // closed when the leg is granted a slot, closed, …
 	changed  <-chan struct{} // closed when its position or reason may have changed
@@ -187,9 +197,9 @@ func (s *Scheduler) inspect(l *leg) standing {
 	if l.state == closed {
 		return standing{settled: true, err: ErrClosed}
 	}
-	at := standing{patience: -1}
+	at := standing{now: s.clock(), patience: -1}
 	if gone := l.class.gone; !gone.IsZero() {
-		at.patience = max(cmp.Or(l.demand.Patience, s.Grace)-s.clock().Sub(gone), 0)
+		at.patience = max(cmp.Or(l.demand.Patience, s.Grace)-at.now.Sub(gone), 0)
 	}
 	if at.patience == 0 {
 		err := s.noWorker(l.demand, l.excluded)
@@ -218,6 +228,12 @@ func (at standing) sleep(ctx context.Context) {
 		defer timer.Stop()
 		hopeless = timer.C
 	}
+	var doubtful <-chan time.Time
+	if at.doubtful >= 0 {
+		timer := time.NewTimer(at.doubtful)
+		defer timer.Stop()
+		doubtful = timer.C
+	}
 	pause := time.NewTimer(announceEvery)
 	defer pause.Stop()
 	// Deaf to mere changes for a while; one that happens meanwhile is not missed, since
@@ -235,6 +251,7 @@ func (at standing) sleep(ctx context.Context) {
 	case <-ctx.Done():
 	case <-at.moved:
 	case <-hopeless:
+	case <-doubtful:
 	case <-at.changed:
 	}
 }

@@ -896,8 +896,11 @@ type QueuedLeg struct {
 	Tenant string                 `protobuf:"bytes,4,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	Since  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
 	// Legs ahead that compete for the same workers.
-	Ahead         uint32 `protobuf:"varint,6,opt,name=ahead,proto3" json:"ahead,omitempty"`
-	Reason        string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	Ahead  uint32 `protobuf:"varint,6,opt,name=ahead,proto3" json:"ahead,omitempty"`
+	Reason string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How long it may be expected to go on waiting, by how long the same projects took
+	// before; unset: not known.
+	Estimate      *durationpb.Duration `protobuf:"bytes,8,opt,name=estimate,proto3" json:"estimate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -979,6 +982,13 @@ func (x *QueuedLeg) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *QueuedLeg) GetEstimate() *durationpb.Duration {
+	if x != nil {
+		return x.Estimate
+	}
+	return nil
 }
 
 type ExplainRequest struct {
@@ -3102,7 +3112,7 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x06worker\x18\x01 \x01(\v2\x13.archfarm.v1.WorkerR\x06worker\"\x12\n" +
 	"\x10ListQueueRequest\"?\n" +
 	"\x11ListQueueResponse\x12*\n" +
-	"\x04legs\x18\x01 \x03(\v2\x16.archfarm.v1.QueuedLegR\x04legs\"\xcb\x01\n" +
+	"\x04legs\x18\x01 \x03(\v2\x16.archfarm.v1.QueuedLegR\x04legs\"\x82\x02\n" +
 	"\tQueuedLeg\x12\x14\n" +
 	"\x05build\x18\x01 \x01(\tR\x05build\x12\x1a\n" +
 	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x14\n" +
@@ -3110,7 +3120,8 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x06tenant\x18\x04 \x01(\tR\x06tenant\x120\n" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
 	"\x05ahead\x18\x06 \x01(\rR\x05ahead\x12\x16\n" +
-	"\x06reason\x18\a \x01(\tR\x06reason\"e\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\x125\n" +
+	"\bestimate\x18\b \x01(\v2\x19.google.protobuf.DurationR\bestimate\"e\n" +
 	"\x0eExplainRequest\x12\x16\n" +
 	"\x05build\x18\x01 \x01(\tH\x00R\x05build\x12\x1c\n" +
 	"\bplatform\x18\x02 \x01(\tH\x00R\bplatform\x12\x12\n" +
@@ -3358,65 +3369,66 @@ var file_archfarm_v1_fleet_proto_depIdxs = []int32{
 	7,  // 7: archfarm.v1.ChangeWorkerResponse.worker:type_name -> archfarm.v1.Worker
 	14, // 8: archfarm.v1.ListQueueResponse.legs:type_name -> archfarm.v1.QueuedLeg
 	49, // 9: archfarm.v1.QueuedLeg.since:type_name -> google.protobuf.Timestamp
-	17, // 10: archfarm.v1.ExplainResponse.legs:type_name -> archfarm.v1.LegExplanation
-	18, // 11: archfarm.v1.LegExplanation.workers:type_name -> archfarm.v1.WorkerVerdict
-	1,  // 12: archfarm.v1.ChangeGossipKeysRequest.action:type_name -> archfarm.v1.ChangeGossipKeysRequest.Action
-	21, // 13: archfarm.v1.ChangeGossipKeysResponse.keys:type_name -> archfarm.v1.GossipKey
-	2,  // 14: archfarm.v1.CreateTokenRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
-	50, // 15: archfarm.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	50, // 16: archfarm.v1.CreateTokenRequest.certificate_ttl:type_name -> google.protobuf.Duration
-	24, // 17: archfarm.v1.CreateTokenResponse.info:type_name -> archfarm.v1.Token
-	2,  // 18: archfarm.v1.Token.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
-	49, // 19: archfarm.v1.Token.expires:type_name -> google.protobuf.Timestamp
-	24, // 20: archfarm.v1.ListTokensResponse.tokens:type_name -> archfarm.v1.Token
-	2,  // 21: archfarm.v1.RevokeRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
-	36, // 22: archfarm.v1.AttachRequest.hello:type_name -> archfarm.v1.Hello
-	37, // 23: archfarm.v1.AttachRequest.report:type_name -> archfarm.v1.Report
-	39, // 24: archfarm.v1.AttachRequest.refused:type_name -> archfarm.v1.Refused
-	38, // 25: archfarm.v1.AttachRequest.done:type_name -> archfarm.v1.Done
-	37, // 26: archfarm.v1.Hello.report:type_name -> archfarm.v1.Report
-	48, // 27: archfarm.v1.Hello.labels:type_name -> archfarm.v1.Hello.LabelsEntry
-	9,  // 28: archfarm.v1.Report.slots:type_name -> archfarm.v1.Slots
-	0,  // 29: archfarm.v1.Report.state:type_name -> archfarm.v1.Worker.State
-	8,  // 30: archfarm.v1.Report.load:type_name -> archfarm.v1.Load
-	3,  // 31: archfarm.v1.Refused.cause:type_name -> archfarm.v1.Refused.Cause
-	45, // 32: archfarm.v1.AttachResponse.welcome:type_name -> archfarm.v1.Welcome
-	46, // 33: archfarm.v1.AttachResponse.open:type_name -> archfarm.v1.Open
-	41, // 34: archfarm.v1.AttachResponse.directive:type_name -> archfarm.v1.Directive
-	44, // 35: archfarm.v1.Directive.change:type_name -> archfarm.v1.WorkerChange
-	43, // 36: archfarm.v1.Directive.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
-	42, // 37: archfarm.v1.Directive.report_now:type_name -> archfarm.v1.ReportNow
-	4,  // 38: archfarm.v1.WorkerChange.action:type_name -> archfarm.v1.WorkerChange.Action
-	43, // 39: archfarm.v1.Welcome.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
-	5,  // 40: archfarm.v1.FleetService.ListWorkers:input_type -> archfarm.v1.ListWorkersRequest
-	10, // 41: archfarm.v1.FleetService.ChangeWorker:input_type -> archfarm.v1.ChangeWorkerRequest
-	12, // 42: archfarm.v1.FleetService.ListQueue:input_type -> archfarm.v1.ListQueueRequest
-	15, // 43: archfarm.v1.FleetService.Explain:input_type -> archfarm.v1.ExplainRequest
-	19, // 44: archfarm.v1.FleetService.ChangeGossipKeys:input_type -> archfarm.v1.ChangeGossipKeysRequest
-	22, // 45: archfarm.v1.AuthorityService.CreateToken:input_type -> archfarm.v1.CreateTokenRequest
-	25, // 46: archfarm.v1.AuthorityService.ListTokens:input_type -> archfarm.v1.ListTokensRequest
-	27, // 47: archfarm.v1.AuthorityService.DeleteToken:input_type -> archfarm.v1.DeleteTokenRequest
-	29, // 48: archfarm.v1.AuthorityService.Join:input_type -> archfarm.v1.JoinRequest
-	31, // 49: archfarm.v1.AuthorityService.Renew:input_type -> archfarm.v1.RenewRequest
-	33, // 50: archfarm.v1.AuthorityService.Revoke:input_type -> archfarm.v1.RevokeRequest
-	35, // 51: archfarm.v1.AgentService.Attach:input_type -> archfarm.v1.AttachRequest
-	6,  // 52: archfarm.v1.FleetService.ListWorkers:output_type -> archfarm.v1.ListWorkersResponse
-	11, // 53: archfarm.v1.FleetService.ChangeWorker:output_type -> archfarm.v1.ChangeWorkerResponse
-	13, // 54: archfarm.v1.FleetService.ListQueue:output_type -> archfarm.v1.ListQueueResponse
-	16, // 55: archfarm.v1.FleetService.Explain:output_type -> archfarm.v1.ExplainResponse
-	20, // 56: archfarm.v1.FleetService.ChangeGossipKeys:output_type -> archfarm.v1.ChangeGossipKeysResponse
-	23, // 57: archfarm.v1.AuthorityService.CreateToken:output_type -> archfarm.v1.CreateTokenResponse
-	26, // 58: archfarm.v1.AuthorityService.ListTokens:output_type -> archfarm.v1.ListTokensResponse
-	28, // 59: archfarm.v1.AuthorityService.DeleteToken:output_type -> archfarm.v1.DeleteTokenResponse
-	30, // 60: archfarm.v1.AuthorityService.Join:output_type -> archfarm.v1.JoinResponse
-	32, // 61: archfarm.v1.AuthorityService.Renew:output_type -> archfarm.v1.RenewResponse
-	34, // 62: archfarm.v1.AuthorityService.Revoke:output_type -> archfarm.v1.RevokeResponse
-	40, // 63: archfarm.v1.AgentService.Attach:output_type -> archfarm.v1.AttachResponse
-	52, // [52:64] is the sub-list for method output_type
-	40, // [40:52] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	50, // 10: archfarm.v1.QueuedLeg.estimate:type_name -> google.protobuf.Duration
+	17, // 11: archfarm.v1.ExplainResponse.legs:type_name -> archfarm.v1.LegExplanation
+	18, // 12: archfarm.v1.LegExplanation.workers:type_name -> archfarm.v1.WorkerVerdict
+	1,  // 13: archfarm.v1.ChangeGossipKeysRequest.action:type_name -> archfarm.v1.ChangeGossipKeysRequest.Action
+	21, // 14: archfarm.v1.ChangeGossipKeysResponse.keys:type_name -> archfarm.v1.GossipKey
+	2,  // 15: archfarm.v1.CreateTokenRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
+	50, // 16: archfarm.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	50, // 17: archfarm.v1.CreateTokenRequest.certificate_ttl:type_name -> google.protobuf.Duration
+	24, // 18: archfarm.v1.CreateTokenResponse.info:type_name -> archfarm.v1.Token
+	2,  // 19: archfarm.v1.Token.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
+	49, // 20: archfarm.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	24, // 21: archfarm.v1.ListTokensResponse.tokens:type_name -> archfarm.v1.Token
+	2,  // 22: archfarm.v1.RevokeRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
+	36, // 23: archfarm.v1.AttachRequest.hello:type_name -> archfarm.v1.Hello
+	37, // 24: archfarm.v1.AttachRequest.report:type_name -> archfarm.v1.Report
+	39, // 25: archfarm.v1.AttachRequest.refused:type_name -> archfarm.v1.Refused
+	38, // 26: archfarm.v1.AttachRequest.done:type_name -> archfarm.v1.Done
+	37, // 27: archfarm.v1.Hello.report:type_name -> archfarm.v1.Report
+	48, // 28: archfarm.v1.Hello.labels:type_name -> archfarm.v1.Hello.LabelsEntry
+	9,  // 29: archfarm.v1.Report.slots:type_name -> archfarm.v1.Slots
+	0,  // 30: archfarm.v1.Report.state:type_name -> archfarm.v1.Worker.State
+	8,  // 31: archfarm.v1.Report.load:type_name -> archfarm.v1.Load
+	3,  // 32: archfarm.v1.Refused.cause:type_name -> archfarm.v1.Refused.Cause
+	45, // 33: archfarm.v1.AttachResponse.welcome:type_name -> archfarm.v1.Welcome
+	46, // 34: archfarm.v1.AttachResponse.open:type_name -> archfarm.v1.Open
+	41, // 35: archfarm.v1.AttachResponse.directive:type_name -> archfarm.v1.Directive
+	44, // 36: archfarm.v1.Directive.change:type_name -> archfarm.v1.WorkerChange
+	43, // 37: archfarm.v1.Directive.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
+	42, // 38: archfarm.v1.Directive.report_now:type_name -> archfarm.v1.ReportNow
+	4,  // 39: archfarm.v1.WorkerChange.action:type_name -> archfarm.v1.WorkerChange.Action
+	43, // 40: archfarm.v1.Welcome.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
+	5,  // 41: archfarm.v1.FleetService.ListWorkers:input_type -> archfarm.v1.ListWorkersRequest
+	10, // 42: archfarm.v1.FleetService.ChangeWorker:input_type -> archfarm.v1.ChangeWorkerRequest
+	12, // 43: archfarm.v1.FleetService.ListQueue:input_type -> archfarm.v1.ListQueueRequest
+	15, // 44: archfarm.v1.FleetService.Explain:input_type -> archfarm.v1.ExplainRequest
+	19, // 45: archfarm.v1.FleetService.ChangeGossipKeys:input_type -> archfarm.v1.ChangeGossipKeysRequest
+	22, // 46: archfarm.v1.AuthorityService.CreateToken:input_type -> archfarm.v1.CreateTokenRequest
+	25, // 47: archfarm.v1.AuthorityService.ListTokens:input_type -> archfarm.v1.ListTokensRequest
+	27, // 48: archfarm.v1.AuthorityService.DeleteToken:input_type -> archfarm.v1.DeleteTokenRequest
+	29, // 49: archfarm.v1.AuthorityService.Join:input_type -> archfarm.v1.JoinRequest
+	31, // 50: archfarm.v1.AuthorityService.Renew:input_type -> archfarm.v1.RenewRequest
+	33, // 51: archfarm.v1.AuthorityService.Revoke:input_type -> archfarm.v1.RevokeRequest
+	35, // 52: archfarm.v1.AgentService.Attach:input_type -> archfarm.v1.AttachRequest
+	6,  // 53: archfarm.v1.FleetService.ListWorkers:output_type -> archfarm.v1.ListWorkersResponse
+	11, // 54: archfarm.v1.FleetService.ChangeWorker:output_type -> archfarm.v1.ChangeWorkerResponse
+	13, // 55: archfarm.v1.FleetService.ListQueue:output_type -> archfarm.v1.ListQueueResponse
+	16, // 56: archfarm.v1.FleetService.Explain:output_type -> archfarm.v1.ExplainResponse
+	20, // 57: archfarm.v1.FleetService.ChangeGossipKeys:output_type -> archfarm.v1.ChangeGossipKeysResponse
+	23, // 58: archfarm.v1.AuthorityService.CreateToken:output_type -> archfarm.v1.CreateTokenResponse
+	26, // 59: archfarm.v1.AuthorityService.ListTokens:output_type -> archfarm.v1.ListTokensResponse
+	28, // 60: archfarm.v1.AuthorityService.DeleteToken:output_type -> archfarm.v1.DeleteTokenResponse
+	30, // 61: archfarm.v1.AuthorityService.Join:output_type -> archfarm.v1.JoinResponse
+	32, // 62: archfarm.v1.AuthorityService.Renew:output_type -> archfarm.v1.RenewResponse
+	34, // 63: archfarm.v1.AuthorityService.Revoke:output_type -> archfarm.v1.RevokeResponse
+	40, // 64: archfarm.v1.AgentService.Attach:output_type -> archfarm.v1.AttachResponse
+	53, // [53:65] is the sub-list for method output_type
+	41, // [41:53] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_archfarm_v1_fleet_proto_init() }
