@@ -53,6 +53,7 @@ type queued struct {
 	Pools                           []string
 	Since                           time.Time
 	Ahead                           int
+	Estimate                        float64 `json:"estimate_seconds"`
 }
 
 // explained is one element of what archfarm explain --output json prints.

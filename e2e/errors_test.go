@@ -161,10 +161,13 @@ func TestErrors_AFailingLegCancelsItsSiblings(t *testing.T) {
 	build := r.Client.StartBuild(t, "--platform", both, "--push", "-t", r.ref("v1"), dir)
 	gate.WaitArrival(t, build, startLimit)
 	failGate.Open()
+	opened := time.Now() // the arm64 leg has a file to fetch before it fails
+	gate.WaitKilled(t, siblingLimit)
+	killed := since(opened)
 	if code := build.Wait(t, startLimit); code == 0 {
 		t.Fatalf("the build succeeded:\n%s", build.Output())
 	}
-	gate.WaitKilled(t, 10*time.Second)
+	t.Logf("the sibling's step was killed %s after the failing leg was let go, and the client gone after %s", killed, since(opened))
 	if !strings.Contains(build.Output(), `"/does-not-exist": not found`) {
 		t.Errorf("the output does not say why the build failed:\n%s", build.Output())
 	}
@@ -255,6 +258,58 @@ func TestErrors_TheSecondRepositoryRefuses(t *testing.T) {
 	wantList(t, "tags of the second repository", r.registry.Tags(t, other))
 	if published := "published before that: " + r.ref("v1") + ", " + r.ref("v2"); !direct() && !strings.Contains(result.Output, published) {
 		t.Errorf("the output does not say %q:\n%s", published, result.Output)
+	}
+}
+
+// TestErrors_ARegistryThatDiesBetweenTags has three tags that mean an earlier build; the registry fails while they are
+// moved to a new one, and stays that way. Each means one whole build then, and the user is told which means which.
+func TestErrors_ARegistryThatDiesBetweenTags(t *testing.T) {
+	t.Parallel()
+	farmOnly(t)
+	for name, registry := range map[string]struct {
+		fails func(*http.Request) bool
+		said  string
+	}{
+		"it takes no more tags":   {farmtest.PutsTag, "published before that: "},
+		"it answers nothing more": {func(*http.Request) bool { return true }, "taken by the registry before that, which could not be asked since: "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			r.repo = newRepo(t)
+			var puts atomic.Int64
+			armed := make(chan struct{})
+			r.registry = farmtest.StartRegistry(t, r.tools, farmtest.RegistryOptions{Fault: func(request *http.Request) int {
+				select {
+				case <-armed:
+				default:
+					return 0
+				}
+				if farmtest.PutsTag(request) {
+					puts.Add(1)
+				}
+				if puts.Load() > 1 && registry.fails(request) {
+					return http.StatusServiceUnavailable
+				}
+				return 0
+			}})
+			push := []string{"--platform", both, "--push", "-t", r.ref("v1"), "-t", r.ref("v2"), "-t", r.ref("v3")}
+			dir := r.legsContext(t)
+			r.Client.Build(t, append(push, dir)...)
+			before := r.registry.Index(t, r.repo, "v1")
+			close(armed)
+			result := r.Client.TryBuild(t, append(push, "--label", "is=new", dir)...)
+			wantFailure(t, result, "failed to push "+r.ref("v2"), farmtest.FaultMessage, registry.said+r.ref("v1"))
+			t.Logf("after %s: %s", result.Took.Round(time.Millisecond), lineAbout("error: ")(result.Output))
+
+			wantList(t, "tags", r.registry.Tags(t, r.repo), "v1", "v2", "v3")
+			for tag, moved := range map[string]bool{"v1": true, "v2": false, "v3": false} {
+				index := r.registry.Index(t, r.repo, tag)
+				wantEqual(t, tag+" has moved", index.Digest != before.Digest, moved)
+				r.checkLeg(t, index, "linux/amd64", "x86_64\n")
+				r.checkLeg(t, index, "linux/arm64", "told\n")
+			}
+		})
 	}
 }
 

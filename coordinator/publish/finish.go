@@ -124,19 +124,28 @@ func (t *tag) done(err error) {
 	}
 }
 
-// end closes the steps, and adds to the error what has been published in spite of it.
+// end closes the steps, and adds to the error what has been published in spite of it,
+// or may have been, where the registry could not be asked any more.
 func (w *work) end(err error) error {
-	var done []string
+	var done, taken, sent []string
 	for _, t := range w.tags {
 		t.done(err)
-		if t.state == store.Published {
+		switch {
+		case t.state == store.Published:
 			done = append(done, t.name)
+		case t.state != store.Pending:
+		case t.taken:
+			taken = append(taken, t.name)
+		case t.sent && !t.refused:
+			sent = append(sent, t.name)
 		}
 	}
 	if err == nil {
 		return nil
 	}
-	return Partly(err, done)
+	err = Partly(err, done)
+	err = adding(err, "taken by the registry before that, which could not be asked since", taken)
+	return adding(err, "not known whether published", sent)
 }
 
 // prepare brings the content to its repositories, by digest, and looks what the tags
@@ -208,7 +217,7 @@ func (w *work) send(ctx context.Context, t *tag) error {
 	patient, done := outlive(ctx, w.grace)
 	defer done()
 	err := w.Registry.put(patient, t.target, w.Content)
-	t.refused = status.Code(err) == codes.PermissionDenied
+	t.refused, t.taken = status.Code(err) == codes.PermissionDenied, err == nil
 	return err
 }
 

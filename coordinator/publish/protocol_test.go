@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -354,6 +355,28 @@ func TestPublish_SecondNameFailsTheFirstStays(t *testing.T) {
 	if len(s.steps) != 2 || !strings.Contains(s.steps[1], "403") {
 		t.Errorf("steps %q", s.steps)
 	}
+}
+
+func TestPublish_RegistryDiesBetweenTags(t *testing.T) {
+	t.Parallel()
+	g, one := newRig(t, farmtest.RegistryOptions{}), index("one")
+	var dead atomic.Bool
+	g.misbehave(func(w http.ResponseWriter, r *http.Request, _ func()) bool {
+		if isPut(r) && strings.HasSuffix(r.URL.Path, "/b") {
+			dead.Store(true)
+		}
+		if dead.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		return dead.Load()
+	})
+	err := g.publisher(t).Publish(t.Context(), g.job("j", one, "app:a", "app:b", "app:c"), nil)
+	wantStatus(t, err, codes.Unavailable, "failed to push "+g.name("app:b"),
+		"; taken by the registry before that, which could not be asked since: "+g.name("app:a")+"; not known whether published: "+g.name("app:b"))
+	if strings.Contains(err.Error(), "app:c") {
+		t.Errorf("app:c was never sent, but the error names it: %v", err)
+	}
+	g.wantTag(t, "app:a", one)
 }
 
 func TestPublish_RaceForAnImmutableTag(t *testing.T) {

@@ -180,6 +180,7 @@ type tag struct {
 	before    digest.Digest      // what the registry had, empty for nothing
 	sent      bool               // a request that may have moved it has been sent
 	refused   bool               // and the registry has refused it
+	taken     bool               // or taken it, by its own word
 	state     store.BindingState // Published once it is known to be ours
 }
 
@@ -256,10 +257,15 @@ func (p *Publisher) gated(ctx context.Context, w *work) error {
 
 // Partly adds to the error of a push which names had been published before it.
 func Partly(err error, done []string) error {
-	if len(done) == 0 {
+	return adding(err, "published before that", done)
+}
+
+// adding adds to the error what is to be said of those names, if there are any.
+func adding(err error, what string, names []string) error {
+	if len(names) == 0 {
 		return err
 	}
-	return status.Errorf(status.Code(err), "%s; published before that: %s", status.Convert(err).Message(), strings.Join(done, ", "))
+	return status.Errorf(status.Code(err), "%s; %s: %s", status.Convert(err).Message(), what, strings.Join(names, ", "))
 }
 
 // why gives an error of a context, or of the ledger, a code.
