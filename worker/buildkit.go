@@ -19,12 +19,14 @@ import (
 )
 
 const (
-	// maxTimeouts is how many answers in a row may be late before the daemon
-	// counts as not answering. A refused connection counts at once.
-	maxTimeouts = 3
+	// moments are the parts that the patience with an answer is counted in.
+	moments = 8
 	// maxReason bounds what goes into a report, in bytes.
 	maxReason = 512
 )
+
+// errLate: the daemon is frozen, or as good as that.
+var errLate = errors.New("it is frozen, or the machine is overloaded")
 
 // daemon is the buildkitd that the agent stands for.
 type daemon struct {
@@ -34,6 +36,8 @@ type daemon struct {
 	log    *slog.Logger
 	// managed supervises it; nil: others do.
 	managed *managed.Daemon
+	// doubts has watch check at once; each is closed when s knows.
+	doubts chan chan struct{}
 }
 
 // manage starts the buildkitd that the agent is to run, if it is to, and makes c
@@ -74,23 +78,47 @@ func newDaemon(ctx context.Context, addr address.Address, timing timing, log *sl
 	if err != nil {
 		return nil, fmt.Errorf("making a client of buildkitd at %s: %w", addr, err)
 	}
-	return &daemon{addr: addr, client: c, timing: timing, log: log}, nil
+	return &daemon{addr: addr, client: c, timing: timing, log: log, doubts: make(chan chan struct{})}, nil
 }
 
 func (d *daemon) close() { _ = d.client.Close() } // the process is done with it
 
 // version asks buildkitd for its version, and so whether it answers.
 func (d *daemon) version(ctx context.Context) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, d.timing.checkWithin)
-	defer cancel()
+	ctx, stop := patient(ctx, d.timing.checkWithin)
+	defer stop()
 	info, err := d.client.Info(ctx)
 	switch {
 	case status.Code(err) == codes.Unimplemented:
 		return "v0.10.0", nil // Info is since v0.11
+	case err != nil && errors.Is(context.Cause(ctx), errLate):
+		return "", fmt.Errorf("buildkitd at %s has not answered for %s: %w", d.addr, d.timing.checkWithin, errLate)
 	case err != nil:
 		return "", fmt.Errorf("buildkitd at %s does not answer: %w", d.addr, err)
 	}
 	return info.BuildkitVersion.Version, nil
+}
+
+// patient is a context that ends of errLate after that time. It is counted in moments,
+// each of which begins when this process has seen the one before end: while the agent
+// itself does not get to run, because the machine sleeps or is overloaded, the daemon
+// need not answer either.
+func patient(ctx context.Context, within time.Duration) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() { // ends with ctx
+		moment := time.NewTimer(within / moments)
+		defer moment.Stop()
+		for range moments {
+			select {
+			case <-moment.C:
+				moment.Reset(within / moments)
+			case <-ctx.Done():
+				return
+			}
+		}
+		cancel(errLate)
+	}()
+	return ctx, func() { cancel(nil) }
 }
 
 // await returns buildkitd's version once it answers, or ctx's error.
@@ -112,31 +140,48 @@ func (d *daemon) await(ctx context.Context) (string, error) {
 
 // watch keeps s informed of whether buildkitd answers, until ctx ends.
 func (d *daemon) watch(ctx context.Context, s *slots) {
-	late := 0
 	up := true
-	for d.pause(ctx) {
+	for {
+		doubt, ok := d.pause(ctx)
+		if !ok {
+			return
+		}
 		err := d.check(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			late = 0
 			if !up {
 				d.log.Info("buildkitd answers again", "buildkit", d.addr.String())
 			}
-			up = true
 			s.setUnavailable("")
-			continue
-		case isTimeout(err):
-			if late++; late < maxTimeouts {
-				continue
+		default:
+			if up {
+				d.log.Warn("buildkitd stopped answering", "error", err)
 			}
+			s.setUnavailable(clip(err.Error()))
 		}
-		if up {
-			d.log.Warn("buildkitd stopped answering", "error", err)
+		up = err == nil
+		if doubt != nil {
+			close(doubt)
 		}
-		up = false
-		s.setUnavailable(clip(err.Error()))
+	}
+}
+
+// doubt returns once it is known anew whether buildkitd answers, when ctx ends, or
+// after as long as an answer may take.
+func (d *daemon) doubt(ctx context.Context) {
+	ctx, stop := patient(ctx, d.timing.checkWithin)
+	defer stop()
+	known := make(chan struct{})
+	select {
+	case d.doubts <- known:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-known:
+	case <-ctx.Done():
 	}
 }
 
@@ -152,8 +197,9 @@ func (d *daemon) check(ctx context.Context) error {
 }
 
 // pause waits for the next time to check, which is at once when the supervisor
-// has something to tell, and tells whether ctx let it.
-func (d *daemon) pause(ctx context.Context) bool {
+// has something to tell or somebody, who is to be told, doubts, and tells whether
+// ctx let it.
+func (d *daemon) pause(ctx context.Context) (doubt chan struct{}, ok bool) {
 	var told <-chan struct{}
 	if d.managed != nil {
 		_, told = d.managed.Failure()
@@ -163,14 +209,11 @@ func (d *daemon) pause(ctx context.Context) bool {
 	select {
 	case <-t.C:
 	case <-told:
+	case doubt = <-d.doubts:
 	case <-ctx.Done():
-		return false
+		return nil, false
 	}
-	return true
-}
-
-func isTimeout(err error) bool {
-	return errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded
+	return doubt, true
 }
 
 // clip keeps what goes over the wire small.

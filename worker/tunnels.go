@@ -61,6 +61,9 @@ func (s *stream) open(o *archfarmv1.Open) {
 	started := s.link.set.agent.tunnels.start(func() {
 		defer release()
 		s.carry(s.tunnels, id, o.GetTakesSlot())
+		if o.GetTakesSlot() { // it may be buildkitd that has ended it: the slot is not free before that is known
+			s.link.set.agent.buildkit.doubt(s.tunnels)
+		}
 	})
 	if !started {
 		release()

@@ -33,7 +33,8 @@ type timing struct {
 	// checkEvery is the time between two questions to buildkitd.
 	checkEvery time.Duration
 	// checkWithin is how long an answer may take. A daemon that builds with all
-	// cores is slow, not gone.
+	// cores is slow, not gone; but with checkEvery it must be less than 10 s, within
+	// which the coordinator is to know of one that is frozen.
 	checkWithin time.Duration
 	// welcomeWithin bounds the time from a connection to the Welcome.
 	welcomeWithin time.Duration
@@ -51,8 +52,8 @@ type timing struct {
 }
 
 var usual = timing{
-	checkEvery:    3 * time.Second,
-	checkWithin:   5 * time.Second,
+	checkEvery:    time.Second,
+	checkWithin:   8 * time.Second,
 	welcomeWithin: 10 * time.Second,
 	orphanAfter:   2 * time.Minute,
 	lookEvery:     3 * time.Second,

@@ -5,6 +5,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -115,6 +116,7 @@ func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
 		return err
 	}
 	f.add(w)
+	f.check(w)
 	f.log.Info("worker attached", "worker", w.Name, "pool", w.Pool, "as", w.who.String(), "platforms", w.platformNames, "slots", w.Report().GetSlots().GetTotal(), "version", w.Version, "buildkit", w.BuildKitVersion)
 	err = f.serve(w, stream)
 	f.remove(w)
@@ -197,12 +199,21 @@ func (f *Fleet) handle(w *Worker, m *archfarmv1.AttachRequest) error {
 		}
 		w.now.Store(now)
 		f.reported(w)
+		f.check(w)
 	case *archfarmv1.AttachRequest_Refused:
 		w.refuse(m.Refused)
 	case *archfarmv1.AttachRequest_Done:
 		w.done(m.Done)
 	}
 	return nil
+}
+
+// check severs what is open to a BuildKit of which the agent says that it does not
+// answer: one that is frozen keeps its connections.
+func (f *Fleet) check(w *Worker) {
+	if r := w.Report(); r.GetState() == archfarmv1.Worker_STATE_UNAVAILABLE {
+		f.sever(w.Name, fmt.Errorf("its agent reports: %s", cmp.Or(r.GetReason(), "BuildKit does not answer")))
+	}
 }
 
 // reported tells of one worker's report.
