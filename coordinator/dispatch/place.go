@@ -180,7 +180,11 @@ func (l *leg) take(ctx context.Context, name string) (*fleet.Conn, error) {
 	for _, id := range l.sessions() {
 		group.Go(func() error { return l.expose(groupCtx, id) })
 	}
-	if err := group.Wait(); err != nil {
+	err := group.Wait()
+	if err == nil && len(l.lostOn) > 0 {
+		err = l.ping(ctx, conn)
+	}
+	if err != nil {
 		l.release()
 		if conn != nil {
 			_ = conn.Close()

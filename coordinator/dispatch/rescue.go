@@ -10,10 +10,12 @@ import (
 	"sync"
 	"time"
 
+	controlapi "github.com/moby/buildkit/api/services/control"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/build"
+	"github.com/archfarm/archfarm/coordinator/fleet"
 	"github.com/archfarm/archfarm/coordinator/progress"
 	"github.com/archfarm/archfarm/coordinator/schedule"
 )
@@ -206,6 +208,16 @@ func (b *Build) follow(ctx context.Context, l *leg, lost *build.LostError) (*leg
 	return next, nil
 }
 
+const (
+	// reviewEvery is how often a leg that lost its worker looks who else there is.
+	reviewEvery = time.Second
+	// preferOthers is for how long such a leg waits for another worker that is not ready,
+	// but may be in a moment, before it takes one that was lost.
+	preferOthers = 10 * time.Second
+	// pingLimit is how long a worker may take to answer such a leg.
+	pingLimit = 8 * time.Second
+)
+
 // errAlone ends the wait for a worker when only lost ones would do.
 var errAlone = errors.New("nobody came back")
 
@@ -217,8 +229,7 @@ func (l *leg) resume(ctx context.Context, lost *build.LostError) error {
 		return l.startIn(ctx, host, "worker "+lost.Worker+" was lost")
 	}
 	l.demand.On, l.demand.Patience = "", b.farm.FailoverWait
-	others := l.others()
-	if !others && b.farm.FailoverWait <= 0 {
+	if ready, _ := l.others(); !ready && b.farm.FailoverWait <= 0 {
 		return l.stranded(lost, "there is no other worker for it")
 	}
 	ticket, err := b.farm.Scheduler.Enqueue([]schedule.Demand{l.demand})
@@ -226,18 +237,20 @@ func (l *leg) resume(ctx context.Context, lost *build.LostError) error {
 		return err
 	}
 	l.ticket, l.seat = ticket, 0
-	if others {
-		for _, name := range l.lostOn {
-			ticket.Exclude(0, name)
-		}
-	} else {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, b.farm.FailoverWait, errAlone)
-		defer cancel()
+	for _, name := range l.lostOn {
+		ticket.Exclude(0, name)
 	}
+	ctx, stop := context.WithCancelCause(ctx)
+	reviewed := make(chan struct{})
+	go func() { // ends with ctx
+		defer close(reviewed)
+		l.review(ctx, stop)
+	}()
 	b.client.expect(l)
 	b.show(l)
 	err = l.start(ctx)
+	stop(nil)
+	<-reviewed
 	var none *build.NoWorkerError
 	if errors.Is(err, errAlone) || errors.As(err, &none) {
 		return l.stranded(lost, fmt.Sprintf("there is no other worker for it, and none came back within %s", b.farm.FailoverWait))
@@ -245,12 +258,61 @@ func (l *leg) resume(ctx context.Context, lost *build.LostError) error {
 	return err
 }
 
-// others tells whether a worker that was not lost takes such a leg.
-func (l *leg) others() bool {
-	return slices.ContainsFunc(l.build.farm.Scheduler.Snapshot(), func(w schedule.Worker) bool {
-		suits, _ := l.build.farm.Scheduler.Suits(w.Name, l.demand)
-		return suits && w.State == schedule.Ready && !slices.Contains(l.lostOn, w.Name)
-	})
+// review takes the lost workers into consideration again once there is no other, or
+// none has become ready for a while; and ends the wait when it has been too long.
+func (l *leg) review(ctx context.Context, end context.CancelCauseFunc) {
+	again := time.NewTicker(reviewEvery)
+	defer again.Stop()
+	limit := l.build.farm.FailoverWait
+	alone, readmitted := time.Now(), false
+	for {
+		ready, attached := l.others()
+		if ready {
+			alone = time.Now()
+		}
+		waited := time.Since(alone)
+		if !readmitted && !ready && (!attached || waited >= min(preferOthers, limit/2)) {
+			readmitted = true
+			l.ticket.Readmit(l.seat)
+		}
+		if !ready && waited >= limit {
+			end(errAlone)
+			return
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// others tells whether a worker that was not lost takes such a leg now, or at least is
+// attached and may later.
+func (l *leg) others() (ready, attached bool) {
+	for _, w := range l.build.farm.Scheduler.Snapshot() {
+		if suits, _ := l.build.farm.Scheduler.Suits(w.Name, l.demand); suits && !slices.Contains(l.lostOn, w.Name) {
+			ready, attached = ready || w.State == schedule.Ready, true
+		}
+	}
+	return ready, attached
+}
+
+// ping returns an error unless the BuildKit at the other end answers: where a worker was
+// lost, one that only seems to be there would cost the leg an attempt.
+func (l *leg) ping(ctx context.Context, conn *fleet.Conn) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pingLimit, fmt.Errorf("it has not answered for %s", pingLimit))
+	defer cancel()
+	_, err := controlapi.NewControlClient(conn).Info(ctx, &controlapi.InfoRequest{})
+	switch {
+	case err == nil || status.Code(err) == codes.Unimplemented:
+		return nil
+	case conn.Lost() != nil:
+		err = conn.Lost()
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	}
+	return status.Errorf(codes.Unavailable, "asking BuildKit on worker %s: %s", l.worker.Name, build.Message(err))
 }
 
 // startIn starts the leg in the slot of another one, for a reason that clients see.

@@ -102,21 +102,34 @@ func (t *Ticket) Requeue(i int) {
 // Exclude keeps leg i off the worker from now on. An assignment that it holds there
 // stays.
 func (t *Ticket) Exclude(i int, worker string) {
-	s, l := t.scheduler, t.legs[i]
-	s.event(func() {
-		at, found := slices.BinarySearch(l.excluded, worker)
-		if found || l.state == closed {
-			return
+	l := t.legs[i]
+	t.scheduler.event(func() {
+		if at, found := slices.BinarySearch(l.excluded, worker); !found {
+			t.scheduler.bar(l, slices.Insert(slices.Clone(l.excluded), at, worker))
 		}
-		if l.state != queued {
-			l.excluded = slices.Insert(l.excluded, at, worker)
-			return
-		}
-		since := l.since
-		s.leave(l)
-		l.excluded = slices.Insert(l.excluded, at, worker)
-		s.enter(l, since)
 	})
+}
+
+// Readmit takes back every Exclude of leg i, which keeps its place in the queue.
+func (t *Ticket) Readmit(i int) {
+	l := t.legs[i]
+	t.scheduler.event(func() {
+		if len(l.excluded) > 0 {
+			t.scheduler.bar(l, nil)
+		}
+	})
+}
+
+// bar sets the workers that a leg is kept off.
+func (s *Scheduler) bar(l *leg, workers []string) {
+	if l.state != queued {
+		l.excluded = workers
+		return
+	}
+	since := l.since
+	s.leave(l)
+	l.excluded = workers
+	s.enter(l, since)
 }
 
 // Release ends the attempt of leg i and gives its slot back, if it holds one. A leg
