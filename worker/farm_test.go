@@ -57,11 +57,16 @@ type fakeBuildkitd struct {
 	server *grpc.Server
 	served sync.WaitGroup
 	pruned func(*controlapi.PruneRequest) // nil: nobody cares
+	frozen atomic.Bool
 }
 
 const buildkitVersion = "v0.99.0"
 
-func (*fakeBuildkitd) Info(context.Context, *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
+func (b *fakeBuildkitd) Info(ctx context.Context, _ *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
+	if b.frozen.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	return &controlapi.InfoResponse{BuildkitVersion: &apitypes.BuildkitVersion{Version: buildkitVersion}}, nil
 }
 
@@ -208,6 +213,16 @@ func (a *attached) wantReport(state archfarmv1.Worker_State, used uint32) *archf
 	for {
 		r := receive(a.t, a.messages, "a report").GetReport()
 		if r != nil && r.GetState() == state && r.GetSlots().GetUsed() == used {
+			return r
+		}
+	}
+}
+
+// nextReport waits for the first report of as many slots in use.
+func (a *attached) nextReport(used uint32) *archfarmv1.Report {
+	a.t.Helper()
+	for {
+		if r := receive(a.t, a.messages, "a report").GetReport(); r != nil && r.GetSlots().GetUsed() == used {
 			return r
 		}
 	}

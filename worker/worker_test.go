@@ -1,11 +1,13 @@
 package worker
 
 import (
+	"context"
 	"errors"
 	"net"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/archfarm/archfarm/address"
@@ -85,7 +87,11 @@ func TestRun_ASlotIsFreeWhenBuildkitdDies(t *testing.T) {
 	// gRPC's Stop waits two minutes for a client that has not spoken yet.
 	speak(t, conn)
 	b.stop()
-	if r := a.wantReport(unavailable, 0); !strings.Contains(r.GetReason(), "buildkitd") {
+	first := a.nextReport(0)
+	if first.GetState() != unavailable {
+		t.Errorf("its slot is free before it is known that buildkitd is gone: %v", first)
+	}
+	if r := first; !strings.Contains(r.GetReason(), "buildkitd") {
 		t.Errorf("reason %q", r.GetReason())
 	}
 	a.ask("two", true)
@@ -97,6 +103,49 @@ func TestRun_ASlotIsFreeWhenBuildkitdDies(t *testing.T) {
 	startBuildkitd(t, b.addr)
 	a.wantReport(ready, 0)
 	wantInfo(t, a.open("four", true))
+}
+
+func TestRun_AFrozenBuildkitdIsReported(t *testing.T) {
+	t.Parallel()
+	b, c := startBuildkitd(t, socketPath(t)), startCoordinator(t, onLoopback())
+	startAgent(t, Config{BuildKit: b.addr, Coordinators: []string{c.addr.String()}}, hasty)
+	a := c.attach(t)
+	conn := a.open("one", true)
+	a.wantReport(ready, 1)
+	b.frozen.Store(true)
+	if r := a.wantReport(unavailable, 1); !strings.Contains(r.GetReason(), "has not answered for 1s") {
+		t.Errorf("reason %q", r.GetReason())
+	}
+	conn.Close() // as the coordinator does then
+	a.wantReport(unavailable, 0)
+	b.frozen.Store(false)
+	a.wantReport(ready, 0)
+}
+
+// TestUsual_AFrozenBuildkitdIsReportedWithin10s: a check may begin right before it freezes.
+func TestUsual_AFrozenBuildkitdIsReportedWithin10s(t *testing.T) {
+	t.Parallel()
+	if worst := usual.checkEvery + usual.checkWithin; worst >= 10*time.Second {
+		t.Errorf("it may take %s", worst)
+	}
+}
+
+func TestPatient_LastsAsLongAsItShould(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := patient(t.Context(), 8*time.Second)
+		defer stop()
+		begun := time.Now()
+		<-ctx.Done()
+		if took := time.Since(begun); took != 8*time.Second || !errors.Is(context.Cause(ctx), errLate) {
+			t.Errorf("ended after %s: %v", took, context.Cause(ctx))
+		}
+		early, stop := patient(t.Context(), time.Hour)
+		stop()
+		if errors.Is(context.Cause(early), errLate) {
+			t.Error("a patience that was not needed has ended as if it had")
+		}
+	})
 }
 
 func TestRun_CoordinatorsShareTheSlots(t *testing.T) {

@@ -299,3 +299,31 @@ func TestFleet_ConnectionsToAWorkerThatDoesNotComeBackAreSevered(t *testing.T) {
 		}
 	})
 }
+
+func TestConn_IsLostWhenTheAgentSaysThatBuildKitDoesNotAnswer(t *testing.T) {
+	bubble(t, func(t *testing.T, f *farm) {
+		a, w := f.attach(t, "amd-1")
+		b := a.works()
+		conn := must(t, w.Take)
+		a.report(report(archfarmv1.Worker_STATE_DRAINING, 2, 1))
+		synctest.Wait()
+		if conn.Lost() != nil || b.alive() != 1 {
+			t.Fatalf("lost although its worker only drains: %v", conn.Lost())
+		}
+		a.report(&archfarmv1.Report{State: archfarmv1.Worker_STATE_UNAVAILABLE, Reason: "buildkitd has not answered"})
+		<-conn.Down()
+		lost(t, conn.Lost(), "amd-1")
+		if !strings.Contains(conn.Lost().Error(), "buildkitd has not answered") {
+			t.Errorf("it is not told why: %v", conn.Lost())
+		}
+		synctest.Wait()
+		if n := b.alive(); n != 0 {
+			t.Errorf("%d connections are open", n)
+		}
+		_ = conn.Close()
+		late := must(t, w.Dial) // as the queue has not heard yet
+		a.report(&archfarmv1.Report{State: archfarmv1.Worker_STATE_UNAVAILABLE})
+		<-late.Down()
+		_ = late.Close()
+	})
+}
