@@ -109,6 +109,7 @@ type daemon struct {
 	Export   func(ctx context.Context) error
 	Early    func(ctx context.Context) error
 	Exec     func(gwpb.LLBBridge_ExecProcessServer) error
+	Ping     func(ctx context.Context) error
 	Progress []*controlapi.StatusResponse
 	// Forgetful daemons keep no build history.
 	Forgetful bool
@@ -165,6 +166,15 @@ func (d *daemon) image() map[string]string {
 	defer d.mu.Unlock()
 	d.blobs[desc.Digest.String()] = blob
 	return map[string]string{exptypes.ExporterImageDescriptorKey: base64.StdEncoding.EncodeToString(raw), "by": d.name, "only." + d.name: "yes"}
+}
+
+func (d *daemon) Info(ctx context.Context, _ *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
+	if d.Ping != nil {
+		if err := d.Ping(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return &controlapi.InfoResponse{}, nil
 }
 
 // job finds or makes the job: calls about it may come before it.

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/archfarm/archfarm/coordinator/dispatch"
+	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 )
 
 // resilient has legs go on elsewhere.
@@ -129,6 +130,119 @@ func TestRescue_AttemptsAreBounded(t *testing.T) {
 			t.Errorf("%d workers were tried after the first, want 1", n)
 		}
 	})
+}
+
+// TestRescue_AnotherWorkerIsPreferred loses a BuildKit whose agent stays, and is ready again at once.
+func TestRescue_AnotherWorkerIsPreferred(t *testing.T) {
+	for name, test := range map[string]struct {
+		ready time.Duration // when the other worker is; 0: never
+		on    string
+		after time.Duration
+	}{
+		"it is ready in a moment":  {3 * time.Second, "amd-2", 3 * time.Second},
+		"it is not, for too long":  {time.Hour, "amd-1", 10 * time.Second},
+		"it leaves while it is so": {0, "amd-1", 4 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, f *farm) {
+				f.resilient(2, time.Minute)
+				_, _, first, second := spare(t, f)
+				second.Become(archfarmv1.Worker_STATE_CORDONED)
+				synctest.Wait()
+				first.Cut()
+				begun := time.Now()
+				if test.ready == 0 {
+					time.AfterFunc(test.after, second.Kill)
+				} else {
+					time.AfterFunc(test.ready, func() { second.Become(archfarmv1.Worker_STATE_READY) })
+				}
+				attempts := func() int { return len(first.attempts()) + len(second.attempts()) }
+				for attempts() < 2 && time.Since(begun) < time.Minute {
+					time.Sleep(100 * time.Millisecond)
+				}
+				on := map[bool]string{true: "amd-1", false: "amd-2"}[len(first.attempts()) == 2]
+				if took := time.Since(begun); attempts() != 2 || on != test.on || took < test.after || took > test.after+2*time.Second {
+					t.Errorf("%d attempts, the last on %s, after %s", attempts(), on, took)
+				}
+			})
+		})
+	}
+}
+
+// TestRescue_ALostWorkerIsTakenBackOnceItAnswers has the only worker's BuildKit take connections before it can answer:
+// that costs no attempt.
+func TestRescue_ALostWorkerIsTakenBackOnceItAnswers(t *testing.T) {
+	bubble(t, func(t *testing.T, f *farm) {
+		f.resilient(2, time.Minute)
+		only := f.worker(t, "amd-1", 1, amd64)
+		b, _ := f.begin(t.Context(), t, request("b", amd64, ""))
+		ref := must(b.Solve(t.Context(), frontend(amd64)))(t).GetResult().GetRef().GetId()
+		up := time.Now().Add(30 * time.Second)
+		only.Ping = func(ctx context.Context) error {
+			if time.Now().Before(up) {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		}
+		only.Cut()
+		time.Sleep(time.Until(up) - time.Second)
+		synctest.Wait()
+		if n := len(only.attempts()); n != 1 {
+			t.Fatalf("%d attempts were begun before it answered", n)
+		}
+		must(b.Evaluate(t.Context(), &gwpb.EvaluateRequest{Ref: ref}))(t)
+		if late := time.Since(up); late > 10*time.Second || len(only.attempts()) != 2 {
+			t.Errorf("%d attempts, the last %s after it answered", len(only.attempts()), late)
+		}
+		b.End(nil)
+		f.idle(t, only)
+	})
+}
+
+// TestRescue_WhatAStepReportsIsNotTriedAgain, whatever its code is.
+func TestRescue_WhatAStepReportsIsNotTriedAgain(t *testing.T) {
+	for _, code := range []codes.Code{codes.Unknown, codes.Unavailable, codes.Canceled, codes.DeadlineExceeded} {
+		reported := status.Error(code, "as the step says")
+		for name, scripted := range map[string]func(*daemon){
+			"the frontend": func(d *daemon) {
+				d.Frontend = func(context.Context, *gwpb.SolveRequest) (*gwpb.Result, error) { return nil, reported }
+			},
+			"the solve": func(d *daemon) {
+				d.Frontend = func(ctx context.Context, _ *gwpb.SolveRequest) (*gwpb.Result, error) {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				d.Early = func(context.Context) error { return reported }
+			},
+			"the export": func(d *daemon) { d.Export = func(context.Context) error { return reported } },
+		} {
+			t.Run(fmt.Sprintf("%s: %s", name, code), func(t *testing.T) {
+				bubble(t, func(t *testing.T, f *farm) {
+					f.resilient(3, time.Minute)
+					workers := []*daemon{f.worker(t, "amd-1", 1, amd64), f.worker(t, "amd-2", 1, amd64)}
+					for _, d := range workers {
+						scripted(d)
+					}
+					b, end := f.begin(t.Context(), t, request("b", amd64, "registry/x:1"))
+					resp, err := b.Solve(t.Context(), frontend(amd64))
+					if err == nil {
+						if err := b.Return(&gwpb.ReturnRequest{Result: resp.GetResult()}); err != nil {
+							t.Fatal(err)
+						}
+						_, err = b.Export(t.Context(), must(b.Result(t.Context()))(t))
+					}
+					if status.Code(err) != code || !strings.Contains(err.Error(), "as the step says") {
+						t.Errorf("got %v", err)
+					}
+					end(err)
+					f.idle(t, workers...)
+					if n := len(workers[0].attempts()) + len(workers[1].attempts()); n != 1 {
+						t.Errorf("%d attempts, want 1", n)
+					}
+				})
+			})
+		}
+	}
 }
 
 func TestRescue_TheWaitForAWorkerIsBoundedAndTheBuildsEndEndsIt(t *testing.T) {

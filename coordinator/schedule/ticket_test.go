@@ -75,6 +75,29 @@ func TestTicket_AnExcludedWorkerIsNotChosenAgain(t *testing.T) {
 	})
 }
 
+func TestTicket_AReadmittedWorkerIsChosenAgainInTheSamePlace(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := old(worker("a", 1, 1, arm64), worker("b", 1, 1, arm64))
+		ticket := enqueue(t, s, arm64)
+		w := wait(t.Context(), ticket, 0)
+		ticket.Exclude(0, "a")
+		ticket.Exclude(0, "b")
+		later := wait(t.Context(), enqueue(t, s, arm64), 0)
+		ticket.Readmit(0)
+		ticket.Readmit(0)
+		s.Update([]Worker{worker("a", 1, 0, arm64), worker("b", 1, 1, arm64)})
+		synctest.Wait()
+		w.on(t, "a")
+		time.Sleep(announceEvery)
+		synctest.Wait()
+		later.still(t, 0, "linux/arm64: 2 full")
+		ticket.Close()
+		ticket.Readmit(0)
+		synctest.Wait()
+		later.on(t, "a")
+	})
+}
+
 func TestTicket_RequeueLetsNoLaterBuildIn(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s := old(worker("a", 1, 0, arm64))
