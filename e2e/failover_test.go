@@ -1,14 +1,18 @@
 package e2e_test
 
 import (
+	"context"
+	"fmt"
 	"net/http"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/client/llb"
+	gateway "github.com/moby/buildkit/frontend/gateway/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
@@ -36,6 +40,13 @@ var losses = map[string]func(*testing.T, *farmtest.FarmWorker){
 		w.Agent.Signal(syscall.SIGSTOP)
 		t.Cleanup(func() { w.Agent.Signal(syscall.SIGCONT) }) // so that it can be stopped
 	},
+	"its buildkitd is frozen": freeze,
+}
+
+// freeze stops a worker's buildkitd as a machine that hangs does; its agent goes on.
+func freeze(t *testing.T, w *farmtest.FarmWorker) {
+	w.Buildkitd.Signal(syscall.SIGSTOP)
+	t.Cleanup(func() { w.Buildkitd.Signal(syscall.SIGCONT) })
 }
 
 // amd is the worker that a build's amd64 leg is on.
@@ -57,19 +68,161 @@ func TestFailover_ALostWorkersLegGoesOnElsewhere(t *testing.T) {
 			build, gate := r.atGate(t, "v1", both)
 			lost, other := r.amd(t, build)
 			lose(t, lost)
-			gate.WaitArrival(t, build, frozenLimit)
-			gate.Open()
-			if code := build.Wait(t, buildLimit); code != 0 {
-				t.Fatalf("exit code %d:\n%s", code, build.Output())
-			}
-			// A killed buildkitd whose agent has not noticed yet may have been tried once more.
-			said := regexp.MustCompile(`\[linux/amd64\] worker ` + lost.Name + ` was lost; continuing on ` + other.Name + ` \(attempt [23] of 3\)`)
-			if !said.MatchString(build.Output()) {
-				t.Errorf("the build's output does not say %q:\n%s", said, build.Output())
-			}
-			r.checkGate(t, "v1")
+			r.wantContinued(t, build, gate, lost, other)
 		})
 	}
+}
+
+// wantContinued checks that a build whose worker was lost just now goes on on the other one, and ends well.
+func (r rig) wantContinued(t *testing.T, build *farmtest.Process, gate *farmtest.Gate, lost, other *farmtest.FarmWorker) {
+	t.Helper()
+	at := time.Now()
+	build.WaitOutput(t, frozenLimit, "that the worker was lost", lineAbout("worker "+lost.Name+" was lost"))
+	noticed := since(at)
+	gate.WaitArrival(t, build, frozenLimit)
+	t.Logf("noticed after %s, the step runs again after %s", noticed, since(at))
+	gate.Open()
+	if code := build.Wait(t, buildLimit); code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, build.Output())
+	}
+	want := "[linux/amd64] worker " + lost.Name + " was lost; continuing on " + other.Name + " (attempt 2 of 3)"
+	if !strings.Contains(build.Output(), want) {
+		t.Errorf("the build's output does not say %q:\n%s", want, build.Output())
+	}
+	r.checkGate(t, "v1")
+}
+
+// TestFailover_AWorkersNetworkIsDropped has everything between a worker and the coordinator vanish, without a word.
+func TestFailover_AWorkersNetworkIsDropped(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, spares()[1:]...)
+	line := farmtest.NewMeter(t, r.Farm.Addr)
+	lost := r.Farm.AddWorker(t, farmtest.WorkerSpec{Name: "amd-1", Slots: 2, Dials: true, Via: line.Addr})
+	r.Farm.WaitWorkers(t, "it is ready", func(list []farmtest.WorkerStatus) bool {
+		w, known := farmtest.Find(list, lost.Name)
+		return known && w.State == farmtest.Ready
+	})
+	build, gate := r.atGate(t, "v1", both)
+	if !strings.Contains(build.Output(), "[linux/amd64] assigned to worker "+lost.Name) {
+		t.Fatalf("the leg is not on the worker with the most room:\n%s", build.Output())
+	}
+	line.Drop(t)
+	r.wantContinued(t, build, gate, lost, r.Farm.Workers[0])
+}
+
+// TestFailover_AStepThatFailsIsNotTriedAgain, not even one that ends as if its machine had been lost.
+func TestFailover_AStepThatFailsIsNotTriedAgain(t *testing.T) {
+	t.Parallel()
+	for name, script := range map[string]string{"it exits": "exit 7", "as one that is killed": "exit 137"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, gate := spare(t), farmtest.NewGate(t)
+			gate.Open()
+			dir := r.step(t, farmtest.Run("/bin/busybox wget -q -O /gate "+gate.URL+"; "+script), name)
+			result := r.Client.TryBuild(t, "--platform", "linux/amd64", "--push", "-t", r.ref("v1"), dir)
+			wantFailure(t, result, "did not complete successfully")
+			if strings.Contains(result.Output, "was lost") {
+				t.Errorf("a worker is said to have been lost:\n%s", result.Output)
+			}
+			wantEqual(t, "how often the step ran", gate.Arrivals(), 1)
+			r.wantNoTags(t)
+		})
+	}
+}
+
+// TestFailover_ALinkedTarget loses the worker of targets that build on one another, in the middle of either.
+func TestFailover_ALinkedTarget(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"base", "top"} {
+		t.Run(at, func(t *testing.T) {
+			t.Parallel()
+			r, gate := newFarmRig(t, farmtest.WorkerSpec{Name: "amd-1", Slots: 2}, farmtest.WorkerSpec{Name: "amd-2", Slots: 2}), farmtest.NewGate(t)
+			steps := map[string]string{"base": "COPY app /at-base\n", "top": "COPY app /at-top\n"}
+			steps[at] += gate.Run() + "\n"
+			file := strings.ReplaceAll(r.bakeFile([3]string{"base", "base.Dockerfile"},
+				[3]string{"top", "top.Dockerfile", "  contexts = { base = \"target:base\" }"}), `, "linux/arm64"`, "")
+			dir := r.context(t, map[string]string{
+				"docker-bake.hcl": file, "app": t.Name(),
+				"base.Dockerfile": "FROM scratch\nCOPY busybox /bin/busybox\n" + steps["base"], "top.Dockerfile": "FROM base\n" + steps["top"],
+			})
+			bake := r.Client.StartBake(t, dir, "docker-bake.hcl", "--push")
+			gate.WaitArrival(t, bake, startLimit)
+			lost := r.busy(t, 1)[0]
+			lost.Buildkitd.Kill()
+			lost.Agent.Kill()
+			gate.WaitArrival(t, bake, frozenLimit)
+			gate.Open()
+			if code := bake.Wait(t, buildLimit); code != 0 {
+				t.Fatalf("exit code %d:\n%s", code, bake.Output())
+			}
+			if want := "worker " + lost.Name + " was lost; continuing on "; !strings.Contains(bake.Output(), want) {
+				t.Errorf("the output does not say %q:\n%s", want, bake.Output())
+			}
+			image := r.registry.Image(t, r.repo, r.registry.Index(t, r.repo, "top").For(t, "linux/amd64"))
+			for file, want := range map[string]string{"at-base": t.Name(), "at-top": t.Name(), "gate": "open\n"} {
+				wantEqual(t, "/"+file, image.Files[file], want)
+			}
+			wantList(t, "tags", r.registry.Tags(t, r.repo), "base", "top")
+		})
+	}
+}
+
+// TestFailover_WhileAClientEvaluates has a frontend on the client's side ask for a result when the worker is lost, and
+// read from it afterwards.
+func TestFailover_WhileAClientEvaluates(t *testing.T) {
+	t.Parallel()
+	r, gate := newFarmRig(t, farmtest.WorkerSpec{Name: "amd-1", Slots: 1}, farmtest.WorkerSpec{Name: "amd-2", Slots: 1}), farmtest.NewGate(t)
+	base := r.base(t)
+	steps, err := r.gatewayBuild(t, client.SolveOpt{Exports: r.pushTo("v1")}, func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
+		run := llb.Image(base, llb.LinuxAmd64).Run(llb.Args([]string{"/bin/busybox", "wget", "-q", "-O", "/gate", gate.URL})).Root()
+		ref, _, err := solveState(ctx, c, run, false)
+		if err != nil {
+			return nil, err
+		}
+		evaluated := make(chan error, 1)
+		go func() { evaluated <- ref.Evaluate(ctx) }()
+		for _, last := range []bool{false, true} {
+			select {
+			case <-gate.Arrived():
+			case err := <-evaluated:
+				return nil, fmt.Errorf("Evaluate ended before its step: %w", err)
+			}
+			if last {
+				gate.Open()
+				break
+			}
+			r.busy(t, 1)[0].Buildkitd.Kill()
+		}
+		if err := <-evaluated; err != nil {
+			return nil, fmt.Errorf("Evaluate: %w", err)
+		}
+		content, err := ref.ReadFile(ctx, gateway.ReadRequest{Filename: "/gate"})
+		wantAnswer(t, "ReadFile", string(content), err, "open\n")
+		res := gateway.NewResult()
+		res.SetRef(ref)
+		return res, nil
+	})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, steps)
+	}
+	wantTexts(t, "the progress", steps, "was lost; continuing on ")
+	image := r.registry.Image(t, r.repo, farmtest.Descriptor(r.registry.Index(t, r.repo, "v1")))
+	wantEqual(t, "/gate", image.Files["gate"], "open\n")
+}
+
+// busy waits until that many workers have a slot in use, and returns them.
+func (r rig) busy(t *testing.T, want int) (out []*farmtest.FarmWorker) {
+	t.Helper()
+	r.Farm.WaitWorkers(t, fmt.Sprintf("%d workers build", want), func(list []farmtest.WorkerStatus) bool {
+		out = nil
+		for _, w := range r.Farm.Workers {
+			if status, known := farmtest.Find(list, w.Name); known && status.Slots.Used > 0 && status.State == farmtest.Ready {
+				out = append(out, w)
+			}
+		}
+		return len(out) == want
+	})
+	return out
 }
 
 // TestFailover_WhatGoesToTheClientIsWhole: of the lost attempt nothing is in what the client gets.
@@ -152,17 +305,40 @@ func TestFailover_AWorkerThatComesBackIsTakenAgain(t *testing.T) {
 	r.checkGate(t, "v1")
 }
 
+// TestFailover_AFrozenBuildkitdThatGoesOnIsTakenAgain: not before it answers, which costs no attempt.
+func TestFailover_AFrozenBuildkitdThatGoesOnIsTakenAgain(t *testing.T) {
+	t.Parallel()
+	r := newFarmRig(t, oneSlot())
+	build, gate := r.atGate(t, "v1", "linux/amd64")
+	freeze(t, r.Farm.Workers[0])
+	build.WaitOutput(t, frozenLimit, "that the leg waits", lineAbout("worker amd-1 was lost; queued for a worker"))
+	r.Farm.Workers[0].Buildkitd.Signal(syscall.SIGCONT)
+	gate.WaitArrival(t, build, startLimit)
+	gate.Open()
+	if code := build.Wait(t, buildLimit); code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, build.Output())
+	}
+	wantTexts(t, "the build's output", build.Output(), "worker amd-1 was lost; continuing on amd-1 (attempt 2 of 3)")
+	wantEqual(t, "how often the step ran", gate.Arrivals(), 2)
+}
+
 func TestFailover_NobodyWaitsForEver(t *testing.T) {
 	t.Parallel()
-	farmOnly(t)
-	r := newFarm(t, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{oneSlot()}, CoordinatorArgs: []string{"--failover-wait", "3s"}})
-	build, _ := r.atGate(t, "v1", "linux/amd64")
-	r.Farm.Workers[0].Agent.Kill()
-	if code := build.Wait(t, 30*time.Second); code == 0 {
-		t.Fatalf("the build succeeded without its worker:\n%s", build.Output())
+	for _, name := range []string{"its agent is killed", "its buildkitd is killed"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			farmOnly(t)
+			r := newFarm(t, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{oneSlot()}, CoordinatorArgs: []string{"--failover-wait", "3s"}})
+			build, gate := r.atGate(t, "v1", "linux/amd64")
+			losses[name](t, r.Farm.Workers[0])
+			if code := build.Wait(t, 30*time.Second); code == 0 {
+				t.Fatalf("the build succeeded without its worker:\n%s", build.Output())
+			}
+			wantLost(t, build, "amd-1", "linux/amd64", "none came back within 3s")
+			wantEqual(t, "how often the step ran", gate.Arrivals(), 1)
+			r.wantNoTags(t)
+		})
 	}
-	wantLost(t, build, "amd-1", "linux/amd64", "none came back within 3s")
-	r.wantNoTags(t)
 }
 
 // TestFailover_ABuildThatEndsItsWorkersIsGivenUp: the fourth worker is spared.
@@ -171,17 +347,7 @@ func TestFailover_ABuildThatEndsItsWorkersIsGivenUp(t *testing.T) {
 	r := newFarmRig(t, farmtest.WorkerSpec{Name: "amd-1", Slots: 1}, farmtest.WorkerSpec{Name: "amd-2", Slots: 1}, farmtest.WorkerSpec{Name: "amd-3", Slots: 1}, farmtest.WorkerSpec{Name: "amd-4", Slots: 1})
 	build, gate := r.atGate(t, "v1", "linux/amd64")
 	for attempt := 1; ; attempt++ {
-		used := func() (out *farmtest.FarmWorker) {
-			r.Farm.WaitWorkers(t, "the leg is on a worker", func(list []farmtest.WorkerStatus) bool {
-				for _, w := range r.Farm.Workers {
-					if status, known := farmtest.Find(list, w.Name); known && status.Slots.Used == 1 && status.State == farmtest.Ready {
-						out = w
-					}
-				}
-				return out != nil
-			})
-			return out
-		}()
+		used := r.busy(t, 1)[0]
 		used.Agent.Kill()
 		if attempt == 3 {
 			break
@@ -193,6 +359,14 @@ func TestFailover_ABuildThatEndsItsWorkersIsGivenUp(t *testing.T) {
 	}
 	wantLost(t, build, "linux/amd64", "attempt 3 of 3", "may be what ends its workers")
 	r.wantNoTags(t)
+	spared := 0
+	for _, w := range r.Farm.Workers {
+		if w.Agent.Running() {
+			spared++
+		}
+	}
+	wantEqual(t, "workers that are left", spared, 1)
+	wantEqual(t, "how often the step ran", gate.Arrivals(), 3)
 }
 
 // TestFailover_WhereverTheLegIs kills the worker at other moments of a leg's life than a RUN step.

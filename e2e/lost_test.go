@@ -100,10 +100,8 @@ func TestLost_AFrozenBuildkitdIsNoticed(t *testing.T) {
 	t.Parallel()
 	r := newFarmRig(t, oneSlot())
 	daemon := r.Farm.Workers[0].Buildkitd
-	daemon.Signal(syscall.SIGSTOP)
-	t.Cleanup(func() { daemon.Signal(syscall.SIGCONT) })
-	const patience = 45 * time.Second // the agent's: a daemon that builds with all cores is slow, not frozen
-	r.Farm.WaitWorkersWithin(t, patience, "the worker takes nothing", func(list []farmtest.WorkerStatus) bool {
+	freeze(t, r.Farm.Workers[0])
+	r.Farm.WaitWorkersWithin(t, frozenLimit, "the worker takes nothing", func(list []farmtest.WorkerStatus) bool {
 		w, known := farmtest.Find(list, "amd-1")
 		return known && w.State == "unavailable"
 	})

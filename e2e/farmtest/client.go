@@ -111,8 +111,13 @@ func (c *Client) StartBuild(t T, args ...string) *Process {
 // Bake runs buildx bake for the targets of a file in the folder dir, which is also where it runs.
 func (c *Client) Bake(t T, dir, file string, args ...string) Result {
 	t.Helper()
-	args = append([]string{"bake", "--builder", "farm", "--progress=plain", "--file", file}, args...)
-	return finish(t, c.startIn(t, dir, args))
+	return finish(t, c.StartBake(t, dir, file, args...))
+}
+
+// StartBake is Bake that does not wait.
+func (c *Client) StartBake(t T, dir, file string, args ...string) *Process {
+	t.Helper()
+	return c.startIn(t, dir, append([]string{"bake", "--builder", "farm", "--progress=plain", "--file", file}, args...))
 }
 
 func (c *Client) start(t T, args []string) *Process { return c.startIn(t, "", args) }

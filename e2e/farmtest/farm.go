@@ -1,6 +1,7 @@
 package farmtest
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,6 +38,7 @@ type WorkerSpec struct {
 	Platforms []string // the operator's word; empty for what the machine is
 	Slots     int
 	Dials     bool     // told of the coordinator, instead of finding it by gossip
+	Via       string   // the address, tcp://…, at which it is told to find that; empty: the coordinator's own
 	TCP       bool     // its buildkitd listens on TCP, as in a virtual machine
 	Args      []string // further arguments of its agent
 	Behind    *Network // the network that its agent is in; nil: this machine's
@@ -277,7 +279,7 @@ func (f *Farm) RestartAgent(t T, w *FarmWorker) {
 	}
 	args := []string{"worker", "--name", spec.Name, "--buildkit", w.Buildkitd.Addr, "--slots", strconv.Itoa(spec.Slots), "--data-dir", w.DataDir}
 	if spec.Dials {
-		args = append(args, "--coordinator", strings.TrimPrefix(f.Addr, "tcp://"))
+		args = append(args, "--coordinator", strings.TrimPrefix(cmp.Or(spec.Via, f.Addr), "tcp://"))
 	} else {
 		args = append(args, "--join", f.Gossip, "--gossip", "127.0.0.1:0")
 	}

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -18,6 +19,7 @@ type Gate struct {
 	left    chan struct{} // one value for each step that went away before the gate opened
 	opened  chan struct{}
 	open    sync.Once
+	count   atomic.Int64
 }
 
 // gateRoom is how many steps one gate can count.
@@ -28,6 +30,7 @@ func NewGate(t T) *Gate {
 	t.Helper()
 	g := &Gate{arrived: make(chan struct{}, gateRoom), left: make(chan struct{}, gateRoom), opened: make(chan struct{})}
 	g.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		g.count.Add(1)
 		g.arrived <- struct{}{}
 		select {
 		case <-g.opened:
@@ -52,6 +55,12 @@ func (g *Gate) Run() string {
 
 // Open lets everyone through, those who come later too.
 func (g *Gate) Open() { g.open.Do(func() { close(g.opened) }) }
+
+// Arrivals is how many steps have come so far.
+func (g *Gate) Arrivals() int { return int(g.count.Load()) }
+
+// Arrived gives one value for each step that comes.
+func (g *Gate) Arrived() <-chan struct{} { return g.arrived }
 
 // WaitArrival waits until a step is at the gate. When the build ends first, the test fails with its output.
 func (g *Gate) WaitArrival(t T, build *Process, limit time.Duration) {
