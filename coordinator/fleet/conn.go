@@ -117,8 +117,10 @@ func (f *Fleet) sever(name string, cause error) {
 	f.mu.Lock()
 	conns := slices.Collect(maps.Keys(f.conns[name]))
 	f.mu.Unlock()
-	for _, c := range conns {
+	for _, c := range conns { // all, before anybody notices the first
 		c.fail(cause)
+	}
+	for _, c := range conns {
 		_ = c.raw.Close()
 	}
 }
