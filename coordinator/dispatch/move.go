@@ -129,8 +129,8 @@ func (b *Build) move(ctx context.Context, l *leg, to ocispecs.Platform) (*leg, e
 func (b *Build) hostFor(l *leg, p ocispecs.Platform) *leg {
 	demand := b.wish(p, "")
 	would := func(s *leg) bool {
-		if s == l || s.worker == nil || s.retired {
-			return false
+		if s == l || s.worker == nil || s.retired || l.trial && slices.Contains(l.lostOn, s.worker.Name) {
+			return false // what was lost with its worker may not know yet
 		}
 		suits, _ := b.farm.Scheduler.Suits(s.worker.Name, demand)
 		return suits

@@ -226,7 +226,11 @@ var errAlone = errors.New("nobody came back")
 func (l *leg) resume(ctx context.Context, lost *build.LostError) error {
 	b := l.build
 	if host := b.hostFor(l, l.demand.Platform); host != nil {
-		return l.startIn(ctx, host, "worker "+lost.Worker+" was lost")
+		err := l.startIn(ctx, host, "worker "+lost.Worker+" was lost")
+		if ctx.Err() != nil || status.Code(err) != codes.Unavailable {
+			return err
+		}
+		l.depart() // that worker is lost, too
 	}
 	l.demand.On, l.demand.Patience = "", b.farm.FailoverWait
 	if ready, _ := l.others(); !ready && b.farm.FailoverWait <= 0 {
@@ -240,6 +244,7 @@ func (l *leg) resume(ctx context.Context, lost *build.LostError) error {
 	for _, name := range l.lostOn {
 		ticket.Exclude(0, name)
 	}
+	ticket.Requeue(0) // it may have been granted one of them at once
 	ctx, stop := context.WithCancelCause(ctx)
 	reviewed := make(chan struct{})
 	go func() { // ends with ctx
@@ -256,6 +261,15 @@ func (l *leg) resume(ctx context.Context, lost *build.LostError) error {
 		return l.stranded(lost, fmt.Sprintf("there is no other worker for it, and none came back within %s", b.farm.FailoverWait))
 	}
 	return err
+}
+
+// depart undoes a start that failed, for another one.
+func (l *leg) depart() {
+	l.part()
+	if l.forget != nil {
+		l.forget()
+		l.session, l.forget = "", nil
+	}
 }
 
 // review takes the lost workers into consideration again once there is no other, or

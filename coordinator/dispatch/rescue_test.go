@@ -199,6 +199,55 @@ func TestRescue_ALostWorkerIsTakenBackOnceItAnswers(t *testing.T) {
 	})
 }
 
+// TestRescue_LegsOfOneFrozenWorkerGoOnTogether: neither takes the other's slot for one that is still there.
+func TestRescue_LegsOfOneFrozenWorkerGoOnTogether(t *testing.T) {
+	for try := range 20 { // in whichever order they notice
+		t.Run(fmt.Sprint(try), func(t *testing.T) {
+			bubble(t, func(t *testing.T, f *farm) {
+				f.resilient(2, time.Minute)
+				first := f.worker(t, "amd-1", 1, amd64, i386)
+				b, _ := f.begin(t.Context(), t, request("b", amd64+","+i386, ""))
+				must(b.Solve(t.Context(), frontend(amd64+","+i386)))(t)
+				second := f.worker(t, "amd-2", 1, amd64, i386)
+				first.Become(archfarmv1.Worker_STATE_UNAVAILABLE)
+				time.Sleep(time.Second)
+				synctest.Wait()
+				if a, b := len(first.attempts()), len(second.attempts()); a != 2 || b != 2 {
+					t.Errorf("%d and %d attempts, want 2 each", a, b)
+				}
+				b.End(nil)
+				f.idle(t, first, second)
+			})
+		})
+	}
+}
+
+// TestRescue_ASlotOnAWorkerThatIsLostTooIsNotShared has a leg prefer a sibling's slot, whose worker has just been
+// frozen as well.
+func TestRescue_ASlotOnAWorkerThatIsLostTooIsNotShared(t *testing.T) {
+	bubble(t, func(t *testing.T, f *farm) {
+		f.resilient(2, time.Minute)
+		first, second := f.worker(t, "amd-1", 1, amd64, i386), f.worker(t, "amd-2", 1, amd64, i386)
+		b, _ := f.begin(t.Context(), t, request("b", amd64+","+i386, ""))
+		must(b.Solve(t.Context(), frontend(amd64+","+i386)))(t)
+		third := f.worker(t, "amd-3", 2, amd64, i386)
+		second.Ping = func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		first.Cut()
+		time.Sleep(10 * time.Second)
+		second.Become(archfarmv1.Worker_STATE_UNAVAILABLE)
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if n := []int{len(first.attempts()), len(second.attempts()), len(third.attempts())}; n[0] != 1 || n[1] != 1 || n[2] != 2 {
+			t.Errorf("attempts on the workers: %d", n)
+		}
+		b.End(nil)
+		f.idle(t, first, second, third)
+	})
+}
+
 // TestRescue_WhatAStepReportsIsNotTriedAgain, whatever its code is.
 func TestRescue_WhatAStepReportsIsNotTriedAgain(t *testing.T) {
 	for _, code := range []codes.Code{codes.Unknown, codes.Unavailable, codes.Canceled, codes.DeadlineExceeded} {
