@@ -96,6 +96,8 @@ type fakeCoordinator struct {
 	served   sync.WaitGroup
 	attached chan *attached
 	tunnels  chan net.Conn
+	carried  chan string // ids of connections that were carried
+	door     *tunnel.Listener
 	ring     atomic.Pointer[gossip.Keyring] // what agents are welcomed with; nil: no keys
 }
 
@@ -117,12 +119,13 @@ func startCoordinator(t *testing.T, addr address.Address) *fakeCoordinator {
 	}
 	c := &fakeCoordinator{
 		addr: addr, server: grpc.NewServer(),
-		attached: make(chan *attached, 64), tunnels: make(chan net.Conn, 64),
+		attached: make(chan *attached, 64), tunnels: make(chan net.Conn, 64), carried: make(chan string, 64),
 	}
 	if addr.Network == "tcp" {
 		c.addr.Addr = inner.Addr().String()
 	}
 	l := tunnel.NewListener(inner, tunnel.Security{}, func(_ string, conn net.Conn) { c.tunnels <- conn }, slog.New(slog.DiscardHandler))
+	c.door = l
 	archfarmv1.RegisterAgentServiceServer(c.server, &agentService{c: c, t: t})
 	c.served.Go(func() { _ = c.server.Serve(l) })
 	t.Cleanup(c.stop)
@@ -188,6 +191,41 @@ func (s *agentService) Attach(rpc grpc.BidiStreamingServer[archfarmv1.AttachRequ
 	return nil
 }
 
+// Carry gives what is carried to who waits for tunnels.
+func (s *agentService) Carry(rpc grpc.BidiStreamingServer[archfarmv1.CarryRequest, archfarmv1.CarryResponse]) error {
+	first, err := rpc.Recv()
+	if err != nil {
+		return err
+	}
+	call := &carriedCall{rpc: rpc, ended: make(chan struct{})}
+	at := &net.UnixAddr{Net: "unix"}
+	s.c.carried <- first.GetConnectionId()
+	s.c.tunnels <- tunnel.Over(call, at, at)
+	select {
+	case <-call.ended:
+	case <-rpc.Context().Done():
+	}
+	return nil
+}
+
+// carriedCall is the coordinator's end of Carry.
+type carriedCall struct {
+	rpc   grpc.BidiStreamingServer[archfarmv1.CarryRequest, archfarmv1.CarryResponse]
+	once  sync.Once
+	ended chan struct{}
+}
+
+func (c *carriedCall) Send(data []byte) error {
+	return c.rpc.Send(&archfarmv1.CarryResponse{Data: data})
+}
+
+func (c *carriedCall) Receive() ([]byte, error) {
+	m, err := c.rpc.Recv()
+	return m.GetData(), err
+}
+
+func (c *carriedCall) End() { c.once.Do(func() { close(c.ended) }) }
+
 func receive[T any](t *testing.T, c <-chan T, what string) T {
 	t.Helper()
 	select {
@@ -244,9 +282,12 @@ func (a *attached) wantRefused(id string, cause archfarmv1.Refused_Cause) *archf
 
 func (a *attached) ask(id string, slot bool) {
 	a.t.Helper()
-	if err := a.rpc.Send(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Open{
-		Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: slot},
-	}}); err != nil {
+	a.say(&archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Open{Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: slot}}})
+}
+
+func (a *attached) say(m *archfarmv1.AttachResponse) {
+	a.t.Helper()
+	if err := a.rpc.Send(m); err != nil {
 		a.t.Fatal(err)
 	}
 }

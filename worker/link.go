@@ -70,13 +70,17 @@ func (l *link) poke() {
 	}
 }
 
-// run attaches again and again until ctx ends, or until nobody wants the link
-// and its stream has ended.
+// run attaches again and again until ctx ends, or until nobody wants the link,
+// or it is released, and its stream has ended.
 func (l *link) run(ctx context.Context) {
 	wait := newRetry()
 	for {
 		lasted, err := l.attach(ctx)
 		if ctx.Err() != nil {
+			return
+		}
+		if l.set.isOver(l) {
+			l.log.Info("the coordinator that was replaced has ended", "reason", enroll.Explain(err))
 			return
 		}
 		if lasted {
@@ -129,17 +133,20 @@ func (l *link) attach(ctx context.Context) (lasted bool, err error) {
 	if err := l.set.claim(peer.String(), l); err != nil {
 		return false, errors.Join(err, conn.Close())
 	}
-	defer l.set.unclaim(peer.String())
+	defer l.set.unclaim(peer.String(), l)
 
 	cc, err := clientOver(conn)
 	if err != nil {
 		return false, errors.Join(fmt.Errorf("making a client: %w", err), conn.Close())
 	}
-	defer cc.Close()
+	defer cc.Close() // and what is carried by it: who asked for that has ended, or cannot be reached
 
 	defer l.orphan()
-	s := &stream{link: l, peer: peer, tunnels: l.adopt(ctx), answers: make(chan *archfarmv1.AttachRequest), done: make(chan struct{})}
-	err = s.run(ctx, archfarmv1.NewAgentServiceClient(cc))
+	s := &stream{
+		link: l, peer: peer, local: conn.LocalAddr(), remote: conn.RemoteAddr(), tunnels: l.adopt(ctx), coordinator: archfarmv1.NewAgentServiceClient(cc),
+		answers: make(chan *archfarmv1.AttachRequest), done: make(chan struct{}),
+	}
+	err = s.run(ctx)
 	return s.heartbeat > 0 && time.Since(s.welcomed) >= s.heartbeat, err
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"time"
 
 	"github.com/archfarm/archfarm/address"
@@ -22,6 +23,9 @@ type attachStream = grpc.BidiStreamingClient[archfarmv1.AttachRequest, archfarmv
 type stream struct {
 	link *link
 	peer address.Address // of the coordinator, for the connections that it asks for
+
+	coordinator   archfarmv1.AgentServiceClient // by the one connection of this stream,
+	local, remote net.Addr                      // whose ends these are
 	// tunnels is the life of those connections, which may be longer than the
 	// stream's.
 	tunnels context.Context
@@ -38,7 +42,7 @@ type stream struct {
 // run says Hello, waits for the Welcome, and serves the stream until it ends.
 // When ctx ends it ends its own side and gives the coordinator a moment to end
 // the other.
-func (s *stream) run(ctx context.Context, coordinator archfarmv1.AgentServiceClient) error {
+func (s *stream) run(ctx context.Context) error {
 	// Not a child of ctx, whose end is to be an orderly one.
 	life, giveUp := context.WithCancelCause(context.WithoutCancel(ctx))
 	s.giveUp = giveUp
@@ -47,7 +51,7 @@ func (s *stream) run(ctx context.Context, coordinator archfarmv1.AgentServiceCli
 		time.AfterFunc(leaveWithin, func() { giveUp(errLeft) })
 	})()
 
-	err := s.serve(ctx, life, coordinator)
+	err := s.serve(ctx, life)
 	if cause := context.Cause(life); cause != nil {
 		return cause // says more than that the call was cancelled
 	}
@@ -57,14 +61,14 @@ func (s *stream) run(ctx context.Context, coordinator archfarmv1.AgentServiceCli
 	return err
 }
 
-func (s *stream) serve(ctx, life context.Context, coordinator archfarmv1.AgentServiceClient) (err error) {
+func (s *stream) serve(ctx, life context.Context) (err error) {
 	impatience := time.AfterFunc(s.link.set.agent.timing.welcomeWithin, func() { s.giveUp(errNoWelcome) })
 	defer impatience.Stop()
-	if s.rpc, err = coordinator.Attach(life); err != nil {
+	if s.rpc, err = s.coordinator.Attach(life); err != nil {
 		return fmt.Errorf("attaching: %w", err)
 	}
 	defer s.link.set.agent.gossip.forget(s.link)
-	defer s.link.set.departed(s.link)
+	defer s.link.set.detached(s.link)
 	if err := s.greet(life); err != nil {
 		return err
 	}
@@ -172,8 +176,21 @@ func (s *stream) receive(life context.Context) error {
 		if directive := m.GetDirective(); directive != nil {
 			s.direct(life, directive)
 		}
+		if m.GetDeparting() != nil {
+			s.depart()
+		}
 		// Whatever else there is, a newer coordinator says to newer agents.
 	}
+}
+
+// depart has another link attach to the process that has the coordinator's address now.
+func (s *stream) depart() {
+	if !s.link.set.release(s.link, s.peer.String()) {
+		s.link.log.Warn("the coordinator says that it is being replaced, as too many have said: not looking for its successor", "most", maxReleased)
+		return
+	}
+	s.link.log.Info("the coordinator is being replaced: attaching to its successor as well")
+	s.link.set.agent.gossip.forget(s.link) // the successor's keys are those that count
 }
 
 // refuse answers an Open.

@@ -60,7 +60,7 @@ func (s *stream) open(o *archfarmv1.Open) {
 	}
 	started := s.link.set.agent.tunnels.start(func() {
 		defer release()
-		s.carry(s.tunnels, id, o.GetTakesSlot())
+		s.carry(s.tunnels, o)
 		if o.GetTakesSlot() { // it may be buildkitd that has ended it: the slot is not free before that is known
 			s.link.set.agent.buildkit.doubt(s.tunnels)
 		}
@@ -78,9 +78,10 @@ var reasons = map[archfarmv1.Refused_Cause]string{
 }
 
 // carry joins buildkitd and the coordinator until one of them, or ctx, ends it.
-func (s *stream) carry(ctx context.Context, id string, slot bool) {
+func (s *stream) carry(ctx context.Context, o *archfarmv1.Open) {
+	id, slot := o.GetConnectionId(), o.GetTakesSlot()
 	log := s.link.log.With("connection", id)
-	backend, back, err := s.dialBoth(ctx, id)
+	backend, back, err := s.dialBoth(ctx, o)
 	if err != nil {
 		log.Warn("cannot open a connection for the coordinator", "error", err)
 		s.refuse(id, archfarmv1.Refused_CAUSE_UNAVAILABLE, err.Error())
@@ -101,14 +102,18 @@ func (s *stream) carry(ctx context.Context, id string, slot bool) {
 
 // dialBoth connects to buildkitd first: what it refuses, the coordinator need
 // not see as a connection.
-func (s *stream) dialBoth(ctx context.Context, id string) (backend, back net.Conn, err error) {
-	ctx, cancel := context.WithTimeout(ctx, dialWithin)
+func (s *stream) dialBoth(ctx context.Context, o *archfarmv1.Open) (backend, back net.Conn, err error) {
+	dialing, cancel := context.WithTimeout(ctx, dialWithin)
 	defer cancel()
-	backend, err = s.link.set.agent.cfg.BuildKit.Dial(ctx)
+	backend, err = s.link.set.agent.cfg.BuildKit.Dial(dialing)
 	if err != nil {
 		return nil, nil, fmt.Errorf("reaching buildkitd: %w", err)
 	}
-	back, err = tunnel.Dial(ctx, s.link.set.agent.dial, s.peer, id)
+	if o.GetInline() {
+		back, err = s.inline(ctx, o.GetConnectionId())
+	} else {
+		back, err = tunnel.Dial(dialing, s.link.set.agent.dial, s.peer, o.GetConnectionId())
+	}
 	if err != nil {
 		_ = backend.Close() // nothing was written
 		return nil, nil, fmt.Errorf("dialing back: %w", err)

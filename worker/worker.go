@@ -130,7 +130,7 @@ func run(ctx context.Context, cfg Config, timing timing) (err error) {
 	defer buildkit.close()
 	buildkit.managed = own
 	a := &agent{cfg: cfg, timing: timing, slots: slots, buildkit: buildkit, hello: &archfarmv1.Hello{
-		Name: cfg.Name, Version: cfg.Version, Pool: cfg.Pool, Labels: cfg.Labels,
+		Name: cfg.Name, Version: cfg.Version, Pool: cfg.Pool, Labels: cfg.Labels, InlineConnections: true,
 	}}
 	a.caretaker = newCaretaker(cfg, slots, buildkit, timing)
 
@@ -202,5 +202,8 @@ func (a *agent) drain(life context.Context) error {
 }
 
 func newAttachments(a *agent, configured []address.Address) *attachments {
-	return &attachments{agent: a, configured: configured, finder: a.gossip, links: map[address.Address]*link{}, peers: map[string]*link{}, ids: map[*link]string{}}
+	return &attachments{
+		agent: a, configured: configured, finder: a.gossip, released: make(chan struct{}, 1),
+		links: map[address.Address]*link{}, peers: map[string]*link{}, ids: map[*link]string{}, old: map[*link]bool{}, heirs: map[address.Address]time.Time{},
+	}
 }

@@ -155,15 +155,19 @@ func (f *Fleet) drop(c *Conn) {
 
 // dialing is a connection that an agent was asked for.
 type dialing struct {
-	worker *Worker
-	back   chan net.Conn
+	worker  *Worker
+	inline  bool          // it is to come by Carry, not by dialing
+	back    chan net.Conn // has room for it
+	settled chan struct{} // closed when nobody waits for it any more
 }
 
 // Accept takes a connection that an agent dialed back. One that nobody waits
 // for is closed: its id was guessed, or came too late. So is one from somebody else
 // than the agent that was asked; who that is, a connection with a method Identity
 // tells, and any other is local.
-func (f *Fleet) Accept(id string, conn net.Conn) {
+func (f *Fleet) Accept(id string, conn net.Conn) { f.accept(id, conn) }
+
+func (f *Fleet) accept(id string, conn net.Conn) bool {
 	who := identity.Identity{}
 	if c, ok := conn.(interface{ Identity() identity.Identity }); ok {
 		who = c.Identity()
@@ -171,7 +175,9 @@ func (f *Fleet) Accept(id string, conn net.Conn) {
 	if why := f.deliver(id, who, conn); why != "" {
 		f.log.Warn("connection dialed back is refused", "reason", why, "peer", conn.RemoteAddr().String(), "as", who.String())
 		_ = conn.Close()
+		return false
 	}
+	return true
 }
 
 // deliver hands the connection over under the lock: once forget has it, nothing comes any more.
@@ -186,25 +192,31 @@ func (f *Fleet) deliver(id string, who identity.Identity, conn net.Conn) (refuse
 		return "worker " + asked.worker.Name + " was asked for it, as " + asked.worker.who.String()
 	}
 	delete(f.pending, id)
-	asked.back <- conn // has room for one
+	asked.back <- conn
 	return ""
 }
 
-func (f *Fleet) expect(w *Worker) (string, chan net.Conn) {
-	id, back := rand.Text(), make(chan net.Conn, 1)
+// expect waits for a connection from now on; nil: its agent could not make it.
+func (f *Fleet) expect(w *Worker) (id string, asked *dialing) {
+	id = rand.Text()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.pending[id] = &dialing{worker: w, back: back}
-	return id, back
+	if f.hasDeparted() && !w.inline {
+		return "", nil
+	}
+	asked = &dialing{worker: w, inline: f.inline && w.inline, back: make(chan net.Conn, 1), settled: make(chan struct{})}
+	f.pending[id] = asked
+	return id, asked
 }
 
 // forget stops waiting for a connection, and closes it if it has come meanwhile.
-func (f *Fleet) forget(id string, back chan net.Conn) {
+func (f *Fleet) forget(id string, asked *dialing) {
 	f.mu.Lock()
 	delete(f.pending, id)
 	f.mu.Unlock()
+	close(asked.settled)
 	select {
-	case conn := <-back:
+	case conn := <-asked.back:
 		_ = conn.Close()
 	default:
 	}

@@ -63,6 +63,9 @@ type Fleet struct {
 	serial  uint64
 	closed  chan struct{}
 	id      string // of this run, in Welcome
+
+	inline   bool          // what is opened from now on comes by Carry
+	departed chan struct{} // closed, under mu, by Depart
 }
 
 // New returns a fleet without workers. Changed is called after changes of the set
@@ -72,7 +75,7 @@ func New(log *slog.Logger, changed func([]*Worker)) *Fleet {
 	return &Fleet{
 		log: log, changed: changed, workers: map[string]*Worker{}, pending: map[string]*dialing{},
 		conns: map[string]map[*Conn]struct{}{}, orphans: map[string]*time.Timer{}, closed: make(chan struct{}),
-		id: rand.Text(),
+		id: rand.Text(), departed: make(chan struct{}),
 	}
 }
 
@@ -106,6 +109,9 @@ func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
 	if err != nil {
 		return err
 	}
+	if f.hasDeparted() {
+		return errDeparted
+	}
 	if _, attached := f.Worker(w.Name); attached && slices.Contains(first.GetHello().GetAttachedTo(), f.id) {
 		return status.Errorf(codes.AlreadyExists, "attaching worker %s: it is attached, under another address of this coordinator", w.Name)
 	}
@@ -115,7 +121,9 @@ func (f *Fleet) Attach(stream archfarmv1.AgentService_AttachServer) error {
 	}}); err != nil {
 		return err
 	}
-	f.add(w)
+	if !f.add(w) {
+		return errDeparted
+	}
 	f.check(w)
 	f.log.Info("worker attached", "worker", w.Name, "pool", w.Pool, "as", w.who.String(), "platforms", w.platformNames, "slots", w.Report().GetSlots().GetTotal(), "version", w.Version, "buildkit", w.BuildKitVersion)
 	err = f.serve(w, stream)
@@ -132,7 +140,7 @@ func (f *Fleet) serve(w *Worker, stream archfarmv1.AgentService_AttachServer) er
 	messages, failed := make(chan *archfarmv1.AttachRequest), make(chan error, 2)
 	go func() { failed <- receive(stream, messages) }()
 	go func() {
-		if err := send(stream, w.outbox); err != nil {
+		if err := f.send(w, stream); err != nil {
 			failed <- err
 		}
 	}()
@@ -177,15 +185,23 @@ func receive(stream archfarmv1.AgentService_AttachServer, messages chan<- *archf
 }
 
 // send returns nil when the stream has ended, which receive explains better.
-func send(stream archfarmv1.AgentService_AttachServer, outbox <-chan *archfarmv1.AttachResponse) error {
+func (f *Fleet) send(w *Worker, stream archfarmv1.AgentService_AttachServer) error {
+	departed := f.departed
+	if !w.inline {
+		departed = nil // the agent would not understand
+	}
 	for {
+		var m *archfarmv1.AttachResponse
 		select {
-		case m := <-outbox:
-			if err := stream.Send(m); err != nil {
-				return err
-			}
+		case m = <-w.outbox:
+		case <-departed:
+			departed = nil // once is enough
+			m = &archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Departing{Departing: &archfarmv1.Departing{}}}
 		case <-stream.Context().Done():
 			return nil
+		}
+		if err := stream.Send(m); err != nil {
+			return err
 		}
 	}
 }
@@ -246,8 +262,13 @@ func (f *Fleet) tell() {
 	}
 }
 
-func (f *Fleet) add(w *Worker) {
+// add makes w the worker of its name, unless the coordinator has departed meanwhile.
+func (f *Fleet) add(w *Worker) bool {
 	f.mu.Lock()
+	if f.hasDeparted() {
+		f.mu.Unlock()
+		return false
+	}
 	f.serial++
 	w.id = fmt.Sprintf("%s#%d", w.Name, f.serial)
 	if old, ok := f.workers[w.Name]; ok {
@@ -261,6 +282,7 @@ func (f *Fleet) add(w *Worker) {
 	f.relist(w.Name)
 	f.mu.Unlock()
 	f.tell()
+	return true
 }
 
 // relist makes the list agree with the map about one name. f.mu is held.

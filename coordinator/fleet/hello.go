@@ -67,6 +67,7 @@ func (f *Fleet) newWorker(ctx context.Context, hello *archfarmv1.Hello) (*Worker
 		Name: hello.GetName(), Version: text(hello.GetVersion()), BuildKitVersion: text(hello.GetBuildkitVersion()), Machine: text(hello.GetMachine()),
 		Pool: pool, Labels: maps.Clone(hello.GetLabels()), Since: now.at,
 		who: who, fleet: f, outbox: make(chan *archfarmv1.AttachResponse, outboxSize), gone: make(chan struct{}),
+		inline: hello.GetInlineConnections(),
 	}
 	w.now.Store(now)
 	if w.Platforms, err = parsePlatforms(hello.GetPlatforms()); err != nil {

@@ -37,6 +37,7 @@ type Worker struct {
 	id            string
 	platformNames []string
 	who           identity.Identity
+	inline        bool // its agent understands Departing and Open.inline
 	fleet         *Fleet
 	outbox        chan *archfarmv1.AttachResponse
 	gone          chan struct{}
@@ -175,8 +176,11 @@ func (w *Worker) dial(ctx context.Context, takesSlot bool) (*Conn, error) {
 
 // open asks the agent for a connection and waits for it to come back.
 func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
-	id, back := w.fleet.expect(w)
-	defer w.fleet.forget(id, back)
+	id, asked := w.fleet.expect(w)
+	if asked == nil {
+		return nil, w.unreachable(takesSlot)
+	}
+	defer w.fleet.forget(id, asked)
 	refused := w.refusals.expect(id)
 	defer w.refusals.forget(id)
 
@@ -184,7 +188,7 @@ func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
 		status.Errorf(codes.Unavailable, "worker %s opened no connection within %s", w.Name, openTimeout))
 	defer cancel()
 	request := &archfarmv1.AttachResponse{Message: &archfarmv1.AttachResponse_Open{
-		Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: takesSlot},
+		Open: &archfarmv1.Open{ConnectionId: id, TakesSlot: takesSlot, Inline: asked.inline},
 	}}
 	select {
 	case w.outbox <- request:
@@ -194,7 +198,7 @@ func (w *Worker) open(ctx context.Context, takesSlot bool) (net.Conn, error) {
 		return nil, context.Cause(ctx)
 	}
 	select {
-	case conn := <-back:
+	case conn := <-asked.back:
 		return conn, nil
 	case err := <-refused:
 		return nil, err

@@ -299,7 +299,7 @@ func (x WorkerChange_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use WorkerChange_Action.Descriptor instead.
 func (WorkerChange_Action) EnumDescriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{39, 0}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{40, 0}
 }
 
 type ListWorkersRequest struct {
@@ -2292,9 +2292,11 @@ type Hello struct {
 	// Coordinators that the agent has streams to, by Welcome.coordinator_id: one
 	// that finds itself among them, with the worker attached, is known under
 	// several addresses, and answers ALREADY_EXISTS.
-	AttachedTo    []string `protobuf:"bytes,9,rep,name=attached_to,json=attachedTo,proto3" json:"attached_to,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	AttachedTo []string `protobuf:"bytes,9,rep,name=attached_to,json=attachedTo,proto3" json:"attached_to,omitempty"`
+	// Whether the agent understands Departing and Open.inline.
+	InlineConnections bool `protobuf:"varint,10,opt,name=inline_connections,json=inlineConnections,proto3" json:"inline_connections,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -2388,6 +2390,13 @@ func (x *Hello) GetAttachedTo() []string {
 		return x.AttachedTo
 	}
 	return nil
+}
+
+func (x *Hello) GetInlineConnections() bool {
+	if x != nil {
+		return x.InlineConnections
+	}
+	return false
 }
 
 // Report is the present state of a worker, and its heartbeat.
@@ -2589,6 +2598,7 @@ type AttachResponse struct {
 	//	*AttachResponse_Welcome
 	//	*AttachResponse_Open
 	//	*AttachResponse_Directive
+	//	*AttachResponse_Departing
 	Message       isAttachResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2658,6 +2668,15 @@ func (x *AttachResponse) GetDirective() *Directive {
 	return nil
 }
 
+func (x *AttachResponse) GetDeparting() *Departing {
+	if x != nil {
+		if x, ok := x.Message.(*AttachResponse_Departing); ok {
+			return x.Departing
+		}
+	}
+	return nil
+}
+
 type isAttachResponse_Message interface {
 	isAttachResponse_Message()
 }
@@ -2674,11 +2693,57 @@ type AttachResponse_Directive struct {
 	Directive *Directive `protobuf:"bytes,3,opt,name=directive,proto3,oneof"`
 }
 
+type AttachResponse_Departing struct {
+	Departing *Departing `protobuf:"bytes,4,opt,name=departing,proto3,oneof"`
+}
+
 func (*AttachResponse_Welcome) isAttachResponse_Message() {}
 
 func (*AttachResponse_Open) isAttachResponse_Message() {}
 
 func (*AttachResponse_Directive) isAttachResponse_Message() {}
+
+func (*AttachResponse_Departing) isAttachResponse_Message() {}
+
+// Departing tells the agent that the addresses of this coordinator are another
+// process's from now on: the agent attaches there as well. What this one has
+// opened, and will open, on this stream goes on until it ends the stream; the
+// agent does not come back to it then.
+type Departing struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Departing) Reset() {
+	*x = Departing{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Departing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Departing) ProtoMessage() {}
+
+func (x *Departing) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Departing.ProtoReflect.Descriptor instead.
+func (*Departing) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{36}
+}
 
 // Directive tells the agent to do something; the agent answers with Done, after a
 // Report of what has changed.
@@ -2697,7 +2762,7 @@ type Directive struct {
 
 func (x *Directive) Reset() {
 	*x = Directive{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[36]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2709,7 +2774,7 @@ func (x *Directive) String() string {
 func (*Directive) ProtoMessage() {}
 
 func (x *Directive) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[36]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2722,7 +2787,7 @@ func (x *Directive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Directive.ProtoReflect.Descriptor instead.
 func (*Directive) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{36}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Directive) GetId() string {
@@ -2799,7 +2864,7 @@ type ReportNow struct {
 
 func (x *ReportNow) Reset() {
 	*x = ReportNow{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[37]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +2876,7 @@ func (x *ReportNow) String() string {
 func (*ReportNow) ProtoMessage() {}
 
 func (x *ReportNow) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[37]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +2889,7 @@ func (x *ReportNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportNow.ProtoReflect.Descriptor instead.
 func (*ReportNow) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{37}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{38}
 }
 
 // GossipKeyring is the keys that members decrypt gossip with: 16, 24 or 32 bytes
@@ -2838,7 +2903,7 @@ type GossipKeyring struct {
 
 func (x *GossipKeyring) Reset() {
 	*x = GossipKeyring{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[38]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2850,7 +2915,7 @@ func (x *GossipKeyring) String() string {
 func (*GossipKeyring) ProtoMessage() {}
 
 func (x *GossipKeyring) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[38]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2863,7 +2928,7 @@ func (x *GossipKeyring) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeyring.ProtoReflect.Descriptor instead.
 func (*GossipKeyring) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{38}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GossipKeyring) GetKeys() [][]byte {
@@ -2885,7 +2950,7 @@ type WorkerChange struct {
 
 func (x *WorkerChange) Reset() {
 	*x = WorkerChange{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[39]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +2962,7 @@ func (x *WorkerChange) String() string {
 func (*WorkerChange) ProtoMessage() {}
 
 func (x *WorkerChange) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[39]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +2975,7 @@ func (x *WorkerChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerChange.ProtoReflect.Descriptor instead.
 func (*WorkerChange) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{39}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WorkerChange) GetAction() WorkerChange_Action {
@@ -2944,7 +3009,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[40]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2956,7 +3021,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[40]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2969,7 +3034,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{40}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Welcome) GetHeartbeatSeconds() uint32 {
@@ -3000,14 +3065,17 @@ type Open struct {
 	// connection that it dials.
 	ConnectionId string `protobuf:"bytes,1,opt,name=connection_id,json=connectionId,proto3" json:"connection_id,omitempty"`
 	// Whether the connection occupies a slot for as long as it lasts.
-	TakesSlot     bool `protobuf:"varint,2,opt,name=takes_slot,json=takesSlot,proto3" json:"takes_slot,omitempty"`
+	TakesSlot bool `protobuf:"varint,2,opt,name=takes_slot,json=takesSlot,proto3" json:"takes_slot,omitempty"`
+	// Whether the agent carries the connection by AgentService.Carry, on the gRPC
+	// connection of this stream, instead of dialing the coordinator.
+	Inline        bool `protobuf:"varint,3,opt,name=inline,proto3" json:"inline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Open) Reset() {
 	*x = Open{}
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[41]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3019,7 +3087,7 @@ func (x *Open) String() string {
 func (*Open) ProtoMessage() {}
 
 func (x *Open) ProtoReflect() protoreflect.Message {
-	mi := &file_archfarm_v1_fleet_proto_msgTypes[41]
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3032,7 +3100,7 @@ func (x *Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Open.ProtoReflect.Descriptor instead.
 func (*Open) Descriptor() ([]byte, []int) {
-	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{41}
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Open) GetConnectionId() string {
@@ -3047,6 +3115,142 @@ func (x *Open) GetTakesSlot() bool {
 		return x.TakesSlot
 	}
 	return false
+}
+
+func (x *Open) GetInline() bool {
+	if x != nil {
+		return x.Inline
+	}
+	return false
+}
+
+type CarryRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*CarryRequest_ConnectionId
+	//	*CarryRequest_Data
+	Message       isCarryRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarryRequest) Reset() {
+	*x = CarryRequest{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarryRequest) ProtoMessage() {}
+
+func (x *CarryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarryRequest.ProtoReflect.Descriptor instead.
+func (*CarryRequest) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *CarryRequest) GetMessage() isCarryRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *CarryRequest) GetConnectionId() string {
+	if x != nil {
+		if x, ok := x.Message.(*CarryRequest_ConnectionId); ok {
+			return x.ConnectionId
+		}
+	}
+	return ""
+}
+
+func (x *CarryRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*CarryRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isCarryRequest_Message interface {
+	isCarryRequest_Message()
+}
+
+type CarryRequest_ConnectionId struct {
+	// That of the Open; in the first message, and in no other.
+	ConnectionId string `protobuf:"bytes,1,opt,name=connection_id,json=connectionId,proto3,oneof"`
+}
+
+type CarryRequest_Data struct {
+	// What BuildKit says; 64 KiB at most.
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*CarryRequest_ConnectionId) isCarryRequest_Message() {}
+
+func (*CarryRequest_Data) isCarryRequest_Message() {}
+
+type CarryResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the coordinator says to BuildKit; 64 KiB at most.
+	Data          []byte `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarryResponse) Reset() {
+	*x = CarryResponse{}
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarryResponse) ProtoMessage() {}
+
+func (x *CarryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_archfarm_v1_fleet_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarryResponse.ProtoReflect.Descriptor instead.
+func (*CarryResponse) Descriptor() ([]byte, []int) {
+	return file_archfarm_v1_fleet_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *CarryResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
 }
 
 var File_archfarm_v1_fleet_proto protoreflect.FileDescriptor
@@ -3210,7 +3414,7 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x06report\x18\x02 \x01(\v2\x13.archfarm.v1.ReportH\x00R\x06report\x120\n" +
 	"\arefused\x18\x03 \x01(\v2\x14.archfarm.v1.RefusedH\x00R\arefused\x12'\n" +
 	"\x04done\x18\x04 \x01(\v2\x11.archfarm.v1.DoneH\x00R\x04doneB\t\n" +
-	"\amessage\"\xed\x02\n" +
+	"\amessage\"\x9c\x03\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tplatforms\x18\x02 \x03(\tR\tplatforms\x12\x18\n" +
@@ -3221,7 +3425,9 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x04pool\x18\a \x01(\tR\x04pool\x126\n" +
 	"\x06labels\x18\b \x03(\v2\x1e.archfarm.v1.Hello.LabelsEntryR\x06labels\x12\x1f\n" +
 	"\vattached_to\x18\t \x03(\tR\n" +
-	"attachedTo\x1a9\n" +
+	"attachedTo\x12-\n" +
+	"\x12inline_connections\x18\n" +
+	" \x01(\bR\x11inlineConnections\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbe\x01\n" +
@@ -3242,12 +3448,14 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\x11CAUSE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rCAUSE_NO_SLOT\x10\x01\x12\x12\n" +
 	"\x0eCAUSE_DRAINING\x10\x02\x12\x15\n" +
-	"\x11CAUSE_UNAVAILABLE\x10\x03\"\xae\x01\n" +
+	"\x11CAUSE_UNAVAILABLE\x10\x03\"\xe6\x01\n" +
 	"\x0eAttachResponse\x120\n" +
 	"\awelcome\x18\x01 \x01(\v2\x14.archfarm.v1.WelcomeH\x00R\awelcome\x12'\n" +
 	"\x04open\x18\x02 \x01(\v2\x11.archfarm.v1.OpenH\x00R\x04open\x126\n" +
-	"\tdirective\x18\x03 \x01(\v2\x16.archfarm.v1.DirectiveH\x00R\tdirectiveB\t\n" +
-	"\amessage\"\xd8\x01\n" +
+	"\tdirective\x18\x03 \x01(\v2\x16.archfarm.v1.DirectiveH\x00R\tdirective\x126\n" +
+	"\tdeparting\x18\x04 \x01(\v2\x16.archfarm.v1.DepartingH\x00R\tdepartingB\t\n" +
+	"\amessage\"\v\n" +
+	"\tDeparting\"\xd8\x01\n" +
 	"\tDirective\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\x06change\x18\x02 \x01(\v2\x19.archfarm.v1.WorkerChangeH\x00R\x06change\x12C\n" +
@@ -3269,11 +3477,18 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\aWelcome\x12+\n" +
 	"\x11heartbeat_seconds\x18\x01 \x01(\rR\x10heartbeatSeconds\x12A\n" +
 	"\x0egossip_keyring\x18\x02 \x01(\v2\x1a.archfarm.v1.GossipKeyringR\rgossipKeyring\x12%\n" +
-	"\x0ecoordinator_id\x18\x03 \x01(\tR\rcoordinatorId\"J\n" +
+	"\x0ecoordinator_id\x18\x03 \x01(\tR\rcoordinatorId\"b\n" +
 	"\x04Open\x12#\n" +
 	"\rconnection_id\x18\x01 \x01(\tR\fconnectionId\x12\x1d\n" +
 	"\n" +
-	"takes_slot\x18\x02 \x01(\bR\ttakesSlot2\xa8\x03\n" +
+	"takes_slot\x18\x02 \x01(\bR\ttakesSlot\x12\x16\n" +
+	"\x06inline\x18\x03 \x01(\bR\x06inline\"V\n" +
+	"\fCarryRequest\x12%\n" +
+	"\rconnection_id\x18\x01 \x01(\tH\x00R\fconnectionId\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\t\n" +
+	"\amessage\"#\n" +
+	"\rCarryResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xa8\x03\n" +
 	"\fFleetService\x12P\n" +
 	"\vListWorkers\x12\x1f.archfarm.v1.ListWorkersRequest\x1a .archfarm.v1.ListWorkersResponse\x12S\n" +
 	"\fChangeWorker\x12 .archfarm.v1.ChangeWorkerRequest\x1a!.archfarm.v1.ChangeWorkerResponse\x12J\n" +
@@ -3287,9 +3502,10 @@ const file_archfarm_v1_fleet_proto_rawDesc = "" +
 	"\vDeleteToken\x12\x1f.archfarm.v1.DeleteTokenRequest\x1a .archfarm.v1.DeleteTokenResponse\x12;\n" +
 	"\x04Join\x12\x18.archfarm.v1.JoinRequest\x1a\x19.archfarm.v1.JoinResponse\x12>\n" +
 	"\x05Renew\x12\x19.archfarm.v1.RenewRequest\x1a\x1a.archfarm.v1.RenewResponse\x12A\n" +
-	"\x06Revoke\x12\x1a.archfarm.v1.RevokeRequest\x1a\x1b.archfarm.v1.RevokeResponse2U\n" +
+	"\x06Revoke\x12\x1a.archfarm.v1.RevokeRequest\x1a\x1b.archfarm.v1.RevokeResponse2\x99\x01\n" +
 	"\fAgentService\x12E\n" +
-	"\x06Attach\x12\x1a.archfarm.v1.AttachRequest\x1a\x1b.archfarm.v1.AttachResponse(\x010\x01B;Z9github.com/archfarm/archfarm/proto/archfarm/v1;archfarmv1b\x06proto3"
+	"\x06Attach\x12\x1a.archfarm.v1.AttachRequest\x1a\x1b.archfarm.v1.AttachResponse(\x010\x01\x12B\n" +
+	"\x05Carry\x12\x19.archfarm.v1.CarryRequest\x1a\x1a.archfarm.v1.CarryResponse(\x010\x01B;Z9github.com/archfarm/archfarm/proto/archfarm/v1;archfarmv1b\x06proto3"
 
 var (
 	file_archfarm_v1_fleet_proto_rawDescOnce sync.Once
@@ -3304,7 +3520,7 @@ func file_archfarm_v1_fleet_proto_rawDescGZIP() []byte {
 }
 
 var file_archfarm_v1_fleet_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_archfarm_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_archfarm_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_archfarm_v1_fleet_proto_goTypes = []any{
 	(Worker_State)(0),                   // 0: archfarm.v1.Worker.State
 	(ChangeGossipKeysRequest_Action)(0), // 1: archfarm.v1.ChangeGossipKeysRequest.Action
@@ -3347,39 +3563,42 @@ var file_archfarm_v1_fleet_proto_goTypes = []any{
 	(*Done)(nil),                        // 38: archfarm.v1.Done
 	(*Refused)(nil),                     // 39: archfarm.v1.Refused
 	(*AttachResponse)(nil),              // 40: archfarm.v1.AttachResponse
-	(*Directive)(nil),                   // 41: archfarm.v1.Directive
-	(*ReportNow)(nil),                   // 42: archfarm.v1.ReportNow
-	(*GossipKeyring)(nil),               // 43: archfarm.v1.GossipKeyring
-	(*WorkerChange)(nil),                // 44: archfarm.v1.WorkerChange
-	(*Welcome)(nil),                     // 45: archfarm.v1.Welcome
-	(*Open)(nil),                        // 46: archfarm.v1.Open
-	nil,                                 // 47: archfarm.v1.Worker.LabelsEntry
-	nil,                                 // 48: archfarm.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 49: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 50: google.protobuf.Duration
+	(*Departing)(nil),                   // 41: archfarm.v1.Departing
+	(*Directive)(nil),                   // 42: archfarm.v1.Directive
+	(*ReportNow)(nil),                   // 43: archfarm.v1.ReportNow
+	(*GossipKeyring)(nil),               // 44: archfarm.v1.GossipKeyring
+	(*WorkerChange)(nil),                // 45: archfarm.v1.WorkerChange
+	(*Welcome)(nil),                     // 46: archfarm.v1.Welcome
+	(*Open)(nil),                        // 47: archfarm.v1.Open
+	(*CarryRequest)(nil),                // 48: archfarm.v1.CarryRequest
+	(*CarryResponse)(nil),               // 49: archfarm.v1.CarryResponse
+	nil,                                 // 50: archfarm.v1.Worker.LabelsEntry
+	nil,                                 // 51: archfarm.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 52: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 53: google.protobuf.Duration
 }
 var file_archfarm_v1_fleet_proto_depIdxs = []int32{
 	7,  // 0: archfarm.v1.ListWorkersResponse.workers:type_name -> archfarm.v1.Worker
 	9,  // 1: archfarm.v1.Worker.slots:type_name -> archfarm.v1.Slots
 	0,  // 2: archfarm.v1.Worker.state:type_name -> archfarm.v1.Worker.State
-	49, // 3: archfarm.v1.Worker.since:type_name -> google.protobuf.Timestamp
-	47, // 4: archfarm.v1.Worker.labels:type_name -> archfarm.v1.Worker.LabelsEntry
+	52, // 3: archfarm.v1.Worker.since:type_name -> google.protobuf.Timestamp
+	50, // 4: archfarm.v1.Worker.labels:type_name -> archfarm.v1.Worker.LabelsEntry
 	8,  // 5: archfarm.v1.Worker.load:type_name -> archfarm.v1.Load
-	44, // 6: archfarm.v1.ChangeWorkerRequest.change:type_name -> archfarm.v1.WorkerChange
+	45, // 6: archfarm.v1.ChangeWorkerRequest.change:type_name -> archfarm.v1.WorkerChange
 	7,  // 7: archfarm.v1.ChangeWorkerResponse.worker:type_name -> archfarm.v1.Worker
 	14, // 8: archfarm.v1.ListQueueResponse.legs:type_name -> archfarm.v1.QueuedLeg
-	49, // 9: archfarm.v1.QueuedLeg.since:type_name -> google.protobuf.Timestamp
-	50, // 10: archfarm.v1.QueuedLeg.estimate:type_name -> google.protobuf.Duration
+	52, // 9: archfarm.v1.QueuedLeg.since:type_name -> google.protobuf.Timestamp
+	53, // 10: archfarm.v1.QueuedLeg.estimate:type_name -> google.protobuf.Duration
 	17, // 11: archfarm.v1.ExplainResponse.legs:type_name -> archfarm.v1.LegExplanation
 	18, // 12: archfarm.v1.LegExplanation.workers:type_name -> archfarm.v1.WorkerVerdict
 	1,  // 13: archfarm.v1.ChangeGossipKeysRequest.action:type_name -> archfarm.v1.ChangeGossipKeysRequest.Action
 	21, // 14: archfarm.v1.ChangeGossipKeysResponse.keys:type_name -> archfarm.v1.GossipKey
 	2,  // 15: archfarm.v1.CreateTokenRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
-	50, // 16: archfarm.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	50, // 17: archfarm.v1.CreateTokenRequest.certificate_ttl:type_name -> google.protobuf.Duration
+	53, // 16: archfarm.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	53, // 17: archfarm.v1.CreateTokenRequest.certificate_ttl:type_name -> google.protobuf.Duration
 	24, // 18: archfarm.v1.CreateTokenResponse.info:type_name -> archfarm.v1.Token
 	2,  // 19: archfarm.v1.Token.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
-	49, // 20: archfarm.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	52, // 20: archfarm.v1.Token.expires:type_name -> google.protobuf.Timestamp
 	24, // 21: archfarm.v1.ListTokensResponse.tokens:type_name -> archfarm.v1.Token
 	2,  // 22: archfarm.v1.RevokeRequest.kind:type_name -> archfarm.v1.CreateTokenRequest.Kind
 	36, // 23: archfarm.v1.AttachRequest.hello:type_name -> archfarm.v1.Hello
@@ -3387,48 +3606,51 @@ var file_archfarm_v1_fleet_proto_depIdxs = []int32{
 	39, // 25: archfarm.v1.AttachRequest.refused:type_name -> archfarm.v1.Refused
 	38, // 26: archfarm.v1.AttachRequest.done:type_name -> archfarm.v1.Done
 	37, // 27: archfarm.v1.Hello.report:type_name -> archfarm.v1.Report
-	48, // 28: archfarm.v1.Hello.labels:type_name -> archfarm.v1.Hello.LabelsEntry
+	51, // 28: archfarm.v1.Hello.labels:type_name -> archfarm.v1.Hello.LabelsEntry
 	9,  // 29: archfarm.v1.Report.slots:type_name -> archfarm.v1.Slots
 	0,  // 30: archfarm.v1.Report.state:type_name -> archfarm.v1.Worker.State
 	8,  // 31: archfarm.v1.Report.load:type_name -> archfarm.v1.Load
 	3,  // 32: archfarm.v1.Refused.cause:type_name -> archfarm.v1.Refused.Cause
-	45, // 33: archfarm.v1.AttachResponse.welcome:type_name -> archfarm.v1.Welcome
-	46, // 34: archfarm.v1.AttachResponse.open:type_name -> archfarm.v1.Open
-	41, // 35: archfarm.v1.AttachResponse.directive:type_name -> archfarm.v1.Directive
-	44, // 36: archfarm.v1.Directive.change:type_name -> archfarm.v1.WorkerChange
-	43, // 37: archfarm.v1.Directive.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
-	42, // 38: archfarm.v1.Directive.report_now:type_name -> archfarm.v1.ReportNow
-	4,  // 39: archfarm.v1.WorkerChange.action:type_name -> archfarm.v1.WorkerChange.Action
-	43, // 40: archfarm.v1.Welcome.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
-	5,  // 41: archfarm.v1.FleetService.ListWorkers:input_type -> archfarm.v1.ListWorkersRequest
-	10, // 42: archfarm.v1.FleetService.ChangeWorker:input_type -> archfarm.v1.ChangeWorkerRequest
-	12, // 43: archfarm.v1.FleetService.ListQueue:input_type -> archfarm.v1.ListQueueRequest
-	15, // 44: archfarm.v1.FleetService.Explain:input_type -> archfarm.v1.ExplainRequest
-	19, // 45: archfarm.v1.FleetService.ChangeGossipKeys:input_type -> archfarm.v1.ChangeGossipKeysRequest
-	22, // 46: archfarm.v1.AuthorityService.CreateToken:input_type -> archfarm.v1.CreateTokenRequest
-	25, // 47: archfarm.v1.AuthorityService.ListTokens:input_type -> archfarm.v1.ListTokensRequest
-	27, // 48: archfarm.v1.AuthorityService.DeleteToken:input_type -> archfarm.v1.DeleteTokenRequest
-	29, // 49: archfarm.v1.AuthorityService.Join:input_type -> archfarm.v1.JoinRequest
-	31, // 50: archfarm.v1.AuthorityService.Renew:input_type -> archfarm.v1.RenewRequest
-	33, // 51: archfarm.v1.AuthorityService.Revoke:input_type -> archfarm.v1.RevokeRequest
-	35, // 52: archfarm.v1.AgentService.Attach:input_type -> archfarm.v1.AttachRequest
-	6,  // 53: archfarm.v1.FleetService.ListWorkers:output_type -> archfarm.v1.ListWorkersResponse
-	11, // 54: archfarm.v1.FleetService.ChangeWorker:output_type -> archfarm.v1.ChangeWorkerResponse
-	13, // 55: archfarm.v1.FleetService.ListQueue:output_type -> archfarm.v1.ListQueueResponse
-	16, // 56: archfarm.v1.FleetService.Explain:output_type -> archfarm.v1.ExplainResponse
-	20, // 57: archfarm.v1.FleetService.ChangeGossipKeys:output_type -> archfarm.v1.ChangeGossipKeysResponse
-	23, // 58: archfarm.v1.AuthorityService.CreateToken:output_type -> archfarm.v1.CreateTokenResponse
-	26, // 59: archfarm.v1.AuthorityService.ListTokens:output_type -> archfarm.v1.ListTokensResponse
-	28, // 60: archfarm.v1.AuthorityService.DeleteToken:output_type -> archfarm.v1.DeleteTokenResponse
-	30, // 61: archfarm.v1.AuthorityService.Join:output_type -> archfarm.v1.JoinResponse
-	32, // 62: archfarm.v1.AuthorityService.Renew:output_type -> archfarm.v1.RenewResponse
-	34, // 63: archfarm.v1.AuthorityService.Revoke:output_type -> archfarm.v1.RevokeResponse
-	40, // 64: archfarm.v1.AgentService.Attach:output_type -> archfarm.v1.AttachResponse
-	53, // [53:65] is the sub-list for method output_type
-	41, // [41:53] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	46, // 33: archfarm.v1.AttachResponse.welcome:type_name -> archfarm.v1.Welcome
+	47, // 34: archfarm.v1.AttachResponse.open:type_name -> archfarm.v1.Open
+	42, // 35: archfarm.v1.AttachResponse.directive:type_name -> archfarm.v1.Directive
+	41, // 36: archfarm.v1.AttachResponse.departing:type_name -> archfarm.v1.Departing
+	45, // 37: archfarm.v1.Directive.change:type_name -> archfarm.v1.WorkerChange
+	44, // 38: archfarm.v1.Directive.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
+	43, // 39: archfarm.v1.Directive.report_now:type_name -> archfarm.v1.ReportNow
+	4,  // 40: archfarm.v1.WorkerChange.action:type_name -> archfarm.v1.WorkerChange.Action
+	44, // 41: archfarm.v1.Welcome.gossip_keyring:type_name -> archfarm.v1.GossipKeyring
+	5,  // 42: archfarm.v1.FleetService.ListWorkers:input_type -> archfarm.v1.ListWorkersRequest
+	10, // 43: archfarm.v1.FleetService.ChangeWorker:input_type -> archfarm.v1.ChangeWorkerRequest
+	12, // 44: archfarm.v1.FleetService.ListQueue:input_type -> archfarm.v1.ListQueueRequest
+	15, // 45: archfarm.v1.FleetService.Explain:input_type -> archfarm.v1.ExplainRequest
+	19, // 46: archfarm.v1.FleetService.ChangeGossipKeys:input_type -> archfarm.v1.ChangeGossipKeysRequest
+	22, // 47: archfarm.v1.AuthorityService.CreateToken:input_type -> archfarm.v1.CreateTokenRequest
+	25, // 48: archfarm.v1.AuthorityService.ListTokens:input_type -> archfarm.v1.ListTokensRequest
+	27, // 49: archfarm.v1.AuthorityService.DeleteToken:input_type -> archfarm.v1.DeleteTokenRequest
+	29, // 50: archfarm.v1.AuthorityService.Join:input_type -> archfarm.v1.JoinRequest
+	31, // 51: archfarm.v1.AuthorityService.Renew:input_type -> archfarm.v1.RenewRequest
+	33, // 52: archfarm.v1.AuthorityService.Revoke:input_type -> archfarm.v1.RevokeRequest
+	35, // 53: archfarm.v1.AgentService.Attach:input_type -> archfarm.v1.AttachRequest
+	48, // 54: archfarm.v1.AgentService.Carry:input_type -> archfarm.v1.CarryRequest
+	6,  // 55: archfarm.v1.FleetService.ListWorkers:output_type -> archfarm.v1.ListWorkersResponse
+	11, // 56: archfarm.v1.FleetService.ChangeWorker:output_type -> archfarm.v1.ChangeWorkerResponse
+	13, // 57: archfarm.v1.FleetService.ListQueue:output_type -> archfarm.v1.ListQueueResponse
+	16, // 58: archfarm.v1.FleetService.Explain:output_type -> archfarm.v1.ExplainResponse
+	20, // 59: archfarm.v1.FleetService.ChangeGossipKeys:output_type -> archfarm.v1.ChangeGossipKeysResponse
+	23, // 60: archfarm.v1.AuthorityService.CreateToken:output_type -> archfarm.v1.CreateTokenResponse
+	26, // 61: archfarm.v1.AuthorityService.ListTokens:output_type -> archfarm.v1.ListTokensResponse
+	28, // 62: archfarm.v1.AuthorityService.DeleteToken:output_type -> archfarm.v1.DeleteTokenResponse
+	30, // 63: archfarm.v1.AuthorityService.Join:output_type -> archfarm.v1.JoinResponse
+	32, // 64: archfarm.v1.AuthorityService.Renew:output_type -> archfarm.v1.RenewResponse
+	34, // 65: archfarm.v1.AuthorityService.Revoke:output_type -> archfarm.v1.RevokeResponse
+	40, // 66: archfarm.v1.AgentService.Attach:output_type -> archfarm.v1.AttachResponse
+	49, // 67: archfarm.v1.AgentService.Carry:output_type -> archfarm.v1.CarryResponse
+	55, // [55:68] is the sub-list for method output_type
+	42, // [42:55] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_archfarm_v1_fleet_proto_init() }
@@ -3451,11 +3673,16 @@ func file_archfarm_v1_fleet_proto_init() {
 		(*AttachResponse_Welcome)(nil),
 		(*AttachResponse_Open)(nil),
 		(*AttachResponse_Directive)(nil),
+		(*AttachResponse_Departing)(nil),
 	}
-	file_archfarm_v1_fleet_proto_msgTypes[36].OneofWrappers = []any{
+	file_archfarm_v1_fleet_proto_msgTypes[37].OneofWrappers = []any{
 		(*Directive_Change)(nil),
 		(*Directive_GossipKeyring)(nil),
 		(*Directive_ReportNow)(nil),
+	}
+	file_archfarm_v1_fleet_proto_msgTypes[43].OneofWrappers = []any{
+		(*CarryRequest_ConnectionId)(nil),
+		(*CarryRequest_Data)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3463,7 +3690,7 @@ func file_archfarm_v1_fleet_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_archfarm_v1_fleet_proto_rawDesc), len(file_archfarm_v1_fleet_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   44,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -622,6 +622,7 @@ var AuthorityService_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	AgentService_Attach_FullMethodName = "/archfarm.v1.AgentService/Attach"
+	AgentService_Carry_FullMethodName  = "/archfarm.v1.AgentService/Carry"
 )
 
 // AgentServiceClient is the client API for AgentService service.
@@ -636,8 +637,14 @@ type AgentServiceClient interface {
 	// lasts. The agent sends Hello first, then a Report whenever something
 	// changed and at least every heartbeat interval. The coordinator sends Open
 	// for every connection to BuildKit that it wants; the agent answers each with
-	// a connection dialed to the coordinator, or with Refused on this stream.
+	// a connection dialed to the coordinator, with Carry if the Open says so, or with
+	// Refused on this stream.
 	Attach(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachRequest, AttachResponse], error)
+	// Carry is a connection to the worker's BuildKit, for an Open with inline set.
+	// The agent's first message names it, all others are bytes. The agent's half of
+	// the connection ends when it closes its side of the call, the whole of it when
+	// either ends the call. PERMISSION_DENIED when the caller was not asked for it.
+	Carry(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[CarryRequest, CarryResponse], error)
 }
 
 type agentServiceClient struct {
@@ -661,6 +668,19 @@ func (c *agentServiceClient) Attach(ctx context.Context, opts ...grpc.CallOption
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type AgentService_AttachClient = grpc.BidiStreamingClient[AttachRequest, AttachResponse]
 
+func (c *agentServiceClient) Carry(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[CarryRequest, CarryResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &AgentService_ServiceDesc.Streams[1], AgentService_Carry_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[CarryRequest, CarryResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AgentService_CarryClient = grpc.BidiStreamingClient[CarryRequest, CarryResponse]
+
 // AgentServiceServer is the server API for AgentService service.
 // All implementations must embed UnimplementedAgentServiceServer
 // for forward compatibility.
@@ -673,8 +693,14 @@ type AgentServiceServer interface {
 	// lasts. The agent sends Hello first, then a Report whenever something
 	// changed and at least every heartbeat interval. The coordinator sends Open
 	// for every connection to BuildKit that it wants; the agent answers each with
-	// a connection dialed to the coordinator, or with Refused on this stream.
+	// a connection dialed to the coordinator, with Carry if the Open says so, or with
+	// Refused on this stream.
 	Attach(grpc.BidiStreamingServer[AttachRequest, AttachResponse]) error
+	// Carry is a connection to the worker's BuildKit, for an Open with inline set.
+	// The agent's first message names it, all others are bytes. The agent's half of
+	// the connection ends when it closes its side of the call, the whole of it when
+	// either ends the call. PERMISSION_DENIED when the caller was not asked for it.
+	Carry(grpc.BidiStreamingServer[CarryRequest, CarryResponse]) error
 	mustEmbedUnimplementedAgentServiceServer()
 }
 
@@ -687,6 +713,9 @@ type UnimplementedAgentServiceServer struct{}
 
 func (UnimplementedAgentServiceServer) Attach(grpc.BidiStreamingServer[AttachRequest, AttachResponse]) error {
 	return status.Error(codes.Unimplemented, "method Attach not implemented")
+}
+func (UnimplementedAgentServiceServer) Carry(grpc.BidiStreamingServer[CarryRequest, CarryResponse]) error {
+	return status.Error(codes.Unimplemented, "method Carry not implemented")
 }
 func (UnimplementedAgentServiceServer) mustEmbedUnimplementedAgentServiceServer() {}
 func (UnimplementedAgentServiceServer) testEmbeddedByValue()                      {}
@@ -716,6 +745,13 @@ func _AgentService_Attach_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type AgentService_AttachServer = grpc.BidiStreamingServer[AttachRequest, AttachResponse]
 
+func _AgentService_Carry_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(AgentServiceServer).Carry(&grpc.GenericServerStream[CarryRequest, CarryResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AgentService_CarryServer = grpc.BidiStreamingServer[CarryRequest, CarryResponse]
+
 // AgentService_ServiceDesc is the grpc.ServiceDesc for AgentService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -727,6 +763,12 @@ var AgentService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Attach",
 			Handler:       _AgentService_Attach_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Carry",
+			Handler:       _AgentService_Carry_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},
