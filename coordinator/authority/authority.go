@@ -52,6 +52,8 @@ type Config struct {
 	// Logger is told who joined; nil: nobody is. Clock is the time; nil: time.Now.
 	Logger *slog.Logger
 	Clock  func() time.Time
+	// Shared tells that a predecessor has the database, too, and has called Share.
+	Shared bool
 }
 
 // Authority is the farm's certificate authority. Its methods may be called
@@ -60,7 +62,10 @@ type Authority struct {
 	archfarmv1.UnimplementedAuthorityServiceServer
 	cfg    Config
 	issuer *issuer
-	db     *bolt.DB
+	db     *database
+
+	following sync.Mutex
+	unfollow  func() // nil: nobody is followed
 
 	failures failures
 
@@ -98,17 +103,23 @@ func Open(cfg Config) (_ *Authority, err error) {
 	if _, err := a.certificate(nil); err != nil {
 		return nil, err
 	}
-	if a.db, a.revoked, err = openDB(filepath.Join(cfg.Dir, "authority.db")); err != nil {
+	if a.db, a.revoked, err = openDB(filepath.Join(cfg.Dir, "authority.db"), cfg.Shared); err != nil {
 		return nil, err
 	}
 	if err := a.prune(); err != nil {
-		return nil, errors.Join(err, a.db.Close())
+		return nil, errors.Join(err, a.db.share())
+	}
+	if cfg.Shared {
+		a.follow()
 	}
 	return a, nil
 }
 
 // Close closes the database. Nothing may be called afterwards.
-func (a *Authority) Close() error { return a.db.Close() }
+func (a *Authority) Close() error {
+	a.leave()
+	return a.db.share() // which keeps nothing open
+}
 
 // ServerTLS is for the coordinator's listeners: TLS 1.3, HTTP/2, and a client's
 // certificate is verified if there is one. Who has none may connect; only Join is

@@ -434,7 +434,7 @@ func TestAuthority_NoCertificateOutlivesItsReason(t *testing.T) {
 		}
 		r := open(t, dir, func(c *Config) { c.CACert, c.CAKey = caCert, caKey })
 		defer func() { _ = r.Close() }() // it is closed again at the end
-		r.db.NoSync, r.db.MaxBatchDelay = true, 0
+		r.db.own.NoSync, r.db.own.MaxBatchDelay = true, 0
 		m := &model{r: r, t: t, live: map[string]*x509.Certificate{}, keys: map[string]*ecdsa.PrivateKey{"x": newKeyT(t), "y": newKeyT(t)}}
 		m.fresh()
 		rt.Repeat(map[string]func(*rapid.T){

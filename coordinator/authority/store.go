@@ -72,31 +72,31 @@ type revocation struct {
 // holder is the key of who holds certificates. Names have no slash.
 func holder(who identity.Identity) string { return string(who.Kind) + "/" + who.Name }
 
-func openDB(path string) (*bolt.DB, map[string]revocation, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, FreelistType: bolt.FreelistMapType})
+func openDB(path string, shared bool) (*database, map[string]revocation, error) {
+	db, err := openDatabase(path, shared)
 	if err != nil {
-		return nil, nil, fmt.Errorf("opening %s: %w; put a copy of it back, or move it away: then its tokens are gone, and who was revoked is trusted again until its certificate expires", path, err)
+		return nil, nil, fmt.Errorf("%w; put a copy of it back, or move it away: then its tokens are gone, and who was revoked is trusted again until its certificate expires", err)
 	}
-	revoked := map[string]revocation{}
-	err = db.Update(func(tx *bolt.Tx) error {
+	var revoked map[string]revocation
+	err = db.Update(func(tx *bolt.Tx) (err error) {
 		for _, name := range [][]byte{tokensBucket, issuedBucket, holdersBucket, revokedBucket} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
-		return tx.Bucket(revokedBucket).ForEach(func(k, v []byte) error {
-			var r revocation
-			if err := json.Unmarshal(v, &r); err != nil {
-				return err
-			}
-			revoked[string(k)] = r
-			return nil
-		})
+		revoked, err = revocations(tx)
+		return err
 	})
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("reading %s: %w", path, err), db.Close())
+		return nil, nil, errors.Join(fmt.Errorf("reading %s: %w", path, err), db.share())
 	}
 	return db, revoked, nil
+}
+
+// revocations are those on record, by holder.
+func revocations(tx *bolt.Tx) (map[string]revocation, error) {
+	out := map[string]revocation{}
+	return out, each(tx, revokedBucket, func(who string, r revocation) { out[who] = r })
 }
 
 func put(tx *bolt.Tx, bucket []byte, key string, value any) error {

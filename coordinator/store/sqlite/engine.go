@@ -33,6 +33,7 @@ type engine struct {
 	stop  context.CancelFunc
 	done  chan struct{}
 	began time.Time
+	ahead time.Duration // of the time of day at began
 }
 
 // change is what a caller wants done in a transaction.
@@ -41,7 +42,7 @@ type change struct {
 	answer chan error // buffered
 }
 
-func openEngine(ctx context.Context, path string) (*engine, error) {
+func openEngine(ctx context.Context, path string, ahead time.Duration) (*engine, error) {
 	writes, err := sql.Open("sqlite", dsn(path, "rw", "busy_timeout(10000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)",
 		"secure_delete(FAST)", "cache_size(-32768)", "wal_autocheckpoint(4000)", "journal_size_limit(67108864)"))
 	if err != nil {
@@ -62,7 +63,7 @@ func openEngine(ctx context.Context, path string) (*engine, error) {
 	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as the store is open
 	e := &engine{
 		writes: writes, reads: reads, readBy: statements{prepare: reads.PrepareContext},
-		queue: make(chan *change), stop: stop, done: make(chan struct{}), began: time.Now(),
+		queue: make(chan *change), stop: stop, done: make(chan struct{}), began: time.Now(), ahead: ahead,
 	}
 	go e.write(running, conn) // until close
 	return e, nil
@@ -75,9 +76,9 @@ func (e *engine) close() error {
 	return errors.Join(e.readBy.close(), e.reads.Close(), e.writes.Close())
 }
 
-// now is the clock by which leases end: the time of day at the start, going on
-// evenly however the machine's clock is set.
-func (e *engine) now() time.Time { return e.began.Add(time.Since(e.began)) }
+// now is the clock by which leases end: the time of day at the start, or what it was
+// to the predecessor, going on evenly however the machine's clock is set.
+func (e *engine) now() time.Time { return e.began.Add(time.Since(e.began) + e.ahead) }
 
 // Read calls fn with a connection of its own for each statement.
 func (e *engine) Read(ctx context.Context, fn func(sqlstore.Tx) error) error {

@@ -1,4 +1,6 @@
-// Package sqlite keeps the coordinator's state in one file, for one coordinator.
+// Package sqlite keeps the coordinator's state in one file, for one coordinator, and
+// while one takes over from another (Options.Succeeds) for both: they come to blows
+// over nothing but who writes first, as all rules are conditions of the statements.
 //
 // All changes are made by one goroutine, which commits what has come together
 // meanwhile at once: many callers share one flush of the disk. Readers have their own
@@ -18,7 +20,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	sqlite3 "modernc.org/sqlite"
@@ -26,6 +27,7 @@ import (
 
 	"github.com/archfarm/archfarm/coordinator/store"
 	"github.com/archfarm/archfarm/coordinator/store/sqlstore"
+	"github.com/archfarm/archfarm/file"
 )
 
 //go:embed migrations/*.sql
@@ -38,6 +40,9 @@ type Options struct {
 	Path string
 	// BlobDir is the folder for blobs.
 	BlobDir string
+	// Succeeds tells that the process that has the database open shares it (Store.Share):
+	// its leases and holds stay.
+	Succeeds bool
 	// Failed is told when the database has failed, by "read" or "write"; may be nil, and
 	// called concurrently.
 	Failed func(operation string)
@@ -50,6 +55,7 @@ type Store struct {
 	*sqlstore.Store
 	blobs
 	path   string
+	lock   *file.Lock
 	engine *engine
 	close  func() error // once
 }
@@ -60,11 +66,11 @@ var (
 )
 
 // Open makes the database if it is not there, and brings its schema up to date.
-// Only one process can have it open. One that is damaged is store.ErrCorrupt, and
-// the error says what to do.
+// Only one process can have it open, but for a successor. One that is damaged is
+// store.ErrCorrupt, and the error says what to do.
 //
-// Leases, and holds of blobs, that are left in it are ended: whoever had them was this database's only
-// coordinator, and has gone.
+// Unless it succeeds, leases, and holds of blobs, that are left in it are ended:
+// whoever had them was this database's only coordinator, and has gone.
 func Open(ctx context.Context, o Options) (store.Store, error) {
 	s, err := open(ctx, o)
 	if err != nil {
@@ -94,19 +100,28 @@ func open(ctx context.Context, o Options) (_ *Store, err error) {
 			return nil, err
 		}
 	}
-	lock, err := lockFile(o.Path + ".lock")
+	lock, err := file.TakeLock(lockFile(o.Path), o.Succeeds)
+	if errors.Is(err, file.ErrLocked) {
+		err = errors.New("another archfarm has it open: stop that one first")
+	}
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			err = errors.Join(err, lock.Close())
 		}
 	}()
 	if err := create(o.Path); err != nil {
 		return nil, err
 	}
-	e, err := openEngine(ctx, o.Path)
+	var ahead time.Duration
+	if o.Succeeds {
+		if ahead, err = readClock(lockFile(o.Path)); err != nil {
+			return nil, err
+		}
+	}
+	e, err := openEngine(ctx, o.Path, ahead)
 	if err != nil {
 		return nil, err
 	}
@@ -115,33 +130,17 @@ func open(ctx context.Context, o Options) (_ *Store, err error) {
 			err = errors.Join(err, e.close())
 		}
 	}()
-	if err := prepare(ctx, e, o.Log); err != nil {
+	if err := prepare(ctx, e, o); err != nil {
 		return nil, err
 	}
 	wakes := &sqlstore.Wakes{}
 	return &Store{
 		Store: sqlstore.New(sqlstore.Watched(e, o.Failed), wakes), blobs: blobs{dir: o.BlobDir, now: e.now},
-		path: o.Path, engine: e, close: sync.OnceValue(func() error {
+		path: o.Path, lock: lock, engine: e, close: sync.OnceValue(func() error {
 			wakes.Close()
 			return errors.Join(e.close(), lock.Close())
 		}),
 	}, nil
-}
-
-// lockFile makes sure that no other process has the database open.
-func lockFile(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			err = errors.New("another archfarm has it open: stop that one first")
-		}
-		return nil, err
-	}
-	return f, nil // closing unlocks
 }
 
 // create makes an empty file that only this user can read, unless it is there;
@@ -157,9 +156,12 @@ func create(path string) error {
 	return errors.Join(f.Close(), syncDir(filepath.Dir(path)))
 }
 
-// prepare checks a database, brings its schema up to date and ends leases.
-func prepare(ctx context.Context, e *engine, log *slog.Logger) error {
-	if err := quickCheck(ctx, e.reads, log); err != nil {
+// prepare checks a database, brings its schema up to date and ends leases, unless a
+// predecessor has them. That goes on writing as it knows the schema: migrations of a
+// release that takes over in place only add, tables or columns that have a default,
+// and take seconds, as its changes wait for them (busy_timeout).
+func prepare(ctx context.Context, e *engine, o Options) error {
+	if err := quickCheck(ctx, e.reads, o.Log); err != nil {
 		return err
 	}
 	files, err := fs.Sub(migrations, "migrations")
@@ -170,7 +172,7 @@ func prepare(ctx context.Context, e *engine, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := sqlstore.Migrate(ctx, e, steps); err != nil {
+	if err := sqlstore.Migrate(ctx, e, steps); err != nil || o.Succeeds {
 		return err
 	}
 	return e.Write(ctx, func(tx sqlstore.Tx) error {
@@ -228,8 +230,8 @@ func classify(err error) error {
 	return err
 }
 
-// Shared tells that no other coordinator can have this open.
-func (s *Store) Shared() bool { return false }
+// Shared tells whether a predecessor or a successor may have this open, too.
+func (s *Store) Shared() bool { return s.lock.Shared() }
 
 // Close waits for changes under way.
 func (s *Store) Close() error { return s.close() }
