@@ -155,9 +155,9 @@ func (b *Build) newLeg(s split.Leg, index int, several bool) *leg {
 }
 
 // foreign tells whether the workers that the build may use, of which there are some,
-// run a platform nowhere natively.
+// run a platform nowhere natively, and none that does is on its way.
 func (b *Build) foreign(l split.Leg) bool {
-	return !l.Unnamed() && !b.native(l.Platform) && len(b.farm.workers(b.allowed())) > 0
+	return !l.Unnamed() && !b.native(l.Platform) && len(b.farm.workers(b.allowed())) > 0 && !b.farm.Scheduler.Awaits(l.Platform, b.allowed()...)
 }
 
 // demand is what a leg asks of the scheduler. A platform that is native nowhere

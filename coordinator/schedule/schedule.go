@@ -175,6 +175,8 @@ type Scheduler struct {
 	holders map[string][]*leg // name → the legs that hold those slots in their own name
 	refused map[string]time.Time
 	warm    *warmth
+	// expected are workers that attached to a former coordinator.
+	expected []Worker
 
 	classes map[classKey]*class
 	builds  uint64 // tickets so far: the order of the queue
@@ -391,6 +393,37 @@ func (s *Scheduler) Enqueue(demands []Demand) (*Ticket, error) {
 		return nil, err
 	}
 	return t, nil
+}
+
+// Expect tells which workers the farm had before: for the first Grace after New, builds
+// wait for what they run natively.
+func (s *Scheduler) Expect(workers []Worker) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.expected = slices.Clone(workers)
+}
+
+// Awaits reports whether a worker that is native to a platform, of these pools if any
+// are named, is expected to attach.
+func (s *Scheduler) Awaits(p ocispecs.Platform, pools ...string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.starting(s.clock()) && served(s.expected, Demand{Platform: p, Pools: pools}, false)
+}
+
+// Members are the workers that are attached, and those that are expected.
+func (s *Scheduler) Members() []Worker {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := slices.Clone(s.view)
+	if s.starting(s.clock()) {
+		for _, w := range s.expected {
+			if !slices.ContainsFunc(s.view, func(v Worker) bool { return v.Name == w.Name }) {
+				out = append(out, w)
+			}
+		}
+	}
+	return out
 }
 
 // starting reports whether workers may still be attaching for the first time.
