@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"time"
 
 	"github.com/archfarm/archfarm/address"
 	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/split"
+	"github.com/archfarm/archfarm/handover"
 	"github.com/archfarm/archfarm/identity"
 )
 
@@ -124,6 +126,14 @@ type Config struct {
 	JobAttempts                                       int
 	// MaxContext bounds an uploaded context, in bytes.
 	MaxContext int64
+	// Inherited are listening sockets that this process was given; nil: none. With a
+	// predecessor among them, Run takes over from it.
+	Inherited *handover.Inheritance
+	// Upgrade has Run start Successor, a command with its arguments, each time that it
+	// sends: that process inherits the sockets and shares DataDir, and everything new is
+	// its; Run returns when what has begun here has ended.
+	Upgrade   <-chan os.Signal
+	Successor []string
 	// Stop, when closed, ends the wait for running builds.
 	Stop <-chan struct{}
 	// Version of this program.

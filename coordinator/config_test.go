@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -52,42 +53,74 @@ func TestAdvertised_IsTheFirstDoorThatOthersCanReach(t *testing.T) {
 	}
 }
 
-func TestLockDataDir_BelongsToOneCoordinatorAtATime(t *testing.T) {
+func TestDataDir_BelongsToOneCoordinatorUnlessItIsShared(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "new", "state")
-	unlock, err := lockDataDir(dir)
-	if err != nil {
+	opened := func(succeeds bool) *dataDir {
+		t.Helper()
+		d, err := openDataDir(dir, succeeds)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	refused := func(when string, succeeds bool) {
+		t.Helper()
+		if _, err := openDataDir(dir, succeeds); err == nil || !strings.Contains(err.Error(), "another coordinator uses it") || !strings.Contains(err.Error(), dir) {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	closed := func(d *dataDir) {
+		t.Helper()
+		if err := d.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	first := opened(false)
+	refused("a second one", false)
+	refused("a successor of nobody", true)
+	if err := first.lock.Share(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := lockDataDir(dir); err == nil || !strings.Contains(err.Error(), "another coordinator uses it") || !strings.Contains(err.Error(), dir) {
-		t.Errorf("the second got %v", err)
+	heir := opened(true)
+	refused("a third one", false)
+	if first.own != dir || filepath.Dir(heir.own) != dir {
+		t.Errorf("their own folders are %s and %s", first.own, heir.own)
 	}
-	unlock()
-	unlock, err = lockDataDir(dir)
-	if err != nil {
-		t.Fatalf("after the first has gone: %v", err)
+	closed(first)
+	refused("beside the successor", false)
+	closed(heir)
+	if _, err := os.Stat(heir.own); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the successor's folder: %v", err)
 	}
-	unlock()
+	killed := filepath.Join(dir, "successor-1")
+	if err := os.MkdirAll(filepath.Join(killed, "spool"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	closed(opened(false))
+	if _, err := os.Stat(killed); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the folder of a successor that was killed: %v", err)
+	}
 	info, err := os.Stat(dir)
 	if err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("the folder's mode is %v, %v", info.Mode(), err)
 	}
 }
 
-func TestLockDataDir_ThatCannotBeMade(t *testing.T) {
+func TestDataDir_ThatCannotBeMade(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := lockDataDir(filepath.Join(file, "state")); err == nil || !strings.Contains(err.Error(), file) {
+	if _, err := openDataDir(filepath.Join(file, "state"), false); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("under a file: %v", err)
 	}
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "lock"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := lockDataDir(dir); err == nil || !strings.Contains(err.Error(), dir) {
+	if _, err := openDataDir(dir, false); err == nil || !strings.Contains(err.Error(), dir) {
 		t.Errorf("with a folder where the lock should be: %v", err)
 	}
 }

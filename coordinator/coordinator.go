@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +45,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/session"
 	"github.com/archfarm/archfarm/coordinator/session/spool"
 	"github.com/archfarm/archfarm/coordinator/trace"
+	"github.com/archfarm/archfarm/gossip"
 	archfarmv1 "github.com/archfarm/archfarm/proto/archfarm/v1"
 	"github.com/archfarm/archfarm/tunnel"
 )
@@ -63,6 +65,7 @@ const (
 // coordinator is a running coordinator.
 type coordinator struct {
 	cfg     Config
+	data    *dataDir
 	log     *slog.Logger
 	farm    *dispatch.Farm
 	builds  *dispatch.Builds
@@ -77,6 +80,8 @@ type coordinator struct {
 	publisher *publish.Publisher
 	jobs      *job.Service
 	inside    *access.Inside
+	rolling   sync.Mutex
+	roll      string                // what is in rollFile
 	bound     atomic.Pointer[Bound] // nil until all addresses are
 }
 
@@ -86,19 +91,18 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := cfg.validate(); err != nil {
 		return fmt.Errorf("starting the coordinator: %w", err)
 	}
-	unlock, err := lockDataDir(cfg.DataDir)
+	data, err := openDataDir(cfg.DataDir, cfg.succeeds())
 	if err != nil {
 		return fmt.Errorf("starting the coordinator: %w", err)
 	}
-	defer unlock()
-	c, err := assembleCoordinator(ctx, cfg)
+	c, err := assembleCoordinator(ctx, cfg, data)
 	if err != nil {
-		return fmt.Errorf("starting the coordinator: %w", err)
+		return errors.Join(fmt.Errorf("starting the coordinator: %w", err), data.close())
 	}
-	return errors.Join(c.run(ctx), c.closeHistory(ctx), c.closeJobs(), c.authority.Close())
+	return errors.Join(c.run(ctx), c.closeHistory(ctx), c.closeJobs(), c.authority.Close(), data.close())
 }
 
-func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) {
+func assembleCoordinator(ctx context.Context, cfg Config, data *dataDir) (*coordinator, error) {
 	sessions, err := session.NewRegistry()
 	if err != nil {
 		return nil, err
@@ -118,12 +122,12 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 		Publishing: publishing(cfg.Policy), Cache: cfg.Cache, Attempts: cfg.LegAttempts, FailoverWait: cfg.FailoverWait, Metrics: dispatch.NewMetrics(metrics), Log: cfg.Logger,
 	}
 	farm.Index = indexer(sessions)
-	farm.Spool, err = export.NewSpool(filepath.Join(cfg.DataDir, "spool"), cfg.SpoolMaxSize)
+	farm.Spool, err = export.NewSpool(filepath.Join(data.own, "spool"), cfg.SpoolMaxSize)
 	if err != nil {
 		return nil, err
 	}
 	if cfg.ContextSpoolMaxSize > 0 {
-		sessions.Spool, err = spool.New(filepath.Join(cfg.DataDir, "context-spool"), cfg.ContextSpoolMaxSize)
+		sessions.Spool, err = spool.New(filepath.Join(data.own, "context-spool"), cfg.ContextSpoolMaxSize)
 		if err != nil {
 			return nil, err
 		}
@@ -131,17 +135,18 @@ func assembleCoordinator(ctx context.Context, cfg Config) (*coordinator, error) 
 	registerMetrics(metrics, farm, cfg.Version)
 	running := dispatch.NewBuilds(farm)
 	running.Limit = cfg.MaxBuilds
-	c := &coordinator{cfg: cfg, log: cfg.Logger, farm: farm, builds: running, metrics: metrics, health: health.NewServer()}
+	c := &coordinator{cfg: cfg, data: data, log: cfg.Logger, farm: farm, builds: running, metrics: metrics, health: health.NewServer()}
 	if err := c.openAuthority(workers); err != nil {
 		return nil, err
 	}
-	if c.state, err = openState(ctx, cfg, metrics); err != nil {
+	if c.state, err = openState(ctx, cfg, data, metrics); err != nil {
 		return nil, errors.Join(err, c.authority.Close())
 	}
-	if c.history, c.traces, err = openHistory(ctx, cfg, c.state.store, workers); err != nil {
+	if c.history, c.traces, err = openHistory(ctx, cfg, data, c.state.store, workers); err != nil {
 		return nil, errors.Join(err, c.state.close(), c.authority.Close())
 	}
 	c.openJobs()
+	c.expectWorkers()
 	return c, nil
 }
 
@@ -174,24 +179,27 @@ func asSchedule(workers []*fleet.Worker, emulating []string) []schedule.Worker {
 // run binds every address, serves, and on the way out stops the servers before
 // what they depend on.
 func (c *coordinator) run(ctx context.Context) error {
-	listeners, bound, err := c.listen(ctx)
+	doors, bound, err := c.bind(ctx)
 	if err != nil {
 		return err
 	}
-	defer closeAll(listeners)
+	defer closeAll(doors)
 	server := c.server()
 	calls, err := c.inside.Client()
 	if err != nil {
 		return err
 	}
 	defer calls.Close()
-	web, webListener, err := c.web(ctx, calls, &bound)
+	web, webDoor, err := c.web(ctx, calls, &bound)
 	if err != nil {
+		return err
+	}
+	defer closeAll([]door{webDoor})
+	if err := c.succeed(ctx); err != nil {
 		return err
 	}
 	members, err := c.gossip(ctx, &bound) // last: who is found there must be able to serve
 	if err != nil {
-		_ = webListener.Close()
 		return err
 	}
 	c.bound.Store(&bound)
@@ -201,100 +209,176 @@ func (c *coordinator) run(ctx context.Context) error {
 	}
 	c.log.Info("coordinator serves", "listen", fmt.Sprint(bound.Listen), "http", bound.HTTP, "gossip", bound.Gossip, "version", c.cfg.Version)
 
+	s := &service{coordinator: c, server: server, web: web, doors: append(doors, webDoor), members: members}
+	return s.run(ctx)
+}
+
+// service is a coordinator whose addresses are bound.
+type service struct {
+	*coordinator
+	server  *grpc.Server
+	web     *http.Server
+	doors   []door // that of web last
+	members *gossip.Node
+	retired atomic.Bool // a successor has the doors
+}
+
+func (s *service) run(ctx context.Context) error {
 	serving, ctx := errgroup.WithContext(ctx) // a server that fails ends the others
 	working, rest := context.WithCancel(context.WithoutCancel(ctx))
-	serving.Go(func() error { c.work(working); return nil })
-	for _, l := range append(listeners[:len(listeners):len(listeners)], c.inside) {
+	serving.Go(func() error { s.work(working); return nil })
+	for _, l := range s.listen() {
 		serving.Go(func() error {
-			if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) { // stopped before it had begun
-				return err
+			err := s.server.Serve(l)
+			if errors.Is(err, grpc.ErrServerStopped) || s.retired.Load() && errors.Is(err, net.ErrClosed) { // stopped before it had begun, or handed over
+				return nil
 			}
-			return nil
+			return err
 		})
 	}
 	serving.Go(func() error {
-		if err := web.Serve(webListener); !errors.Is(err, http.ErrServerClosed) {
+		if err := s.web.Serve(s.doors[len(s.doors)-1].secured); !errors.Is(err, http.ErrServerClosed) {
 			return err
 		}
 		return nil
 	})
-	<-ctx.Done()
-	drained := c.drain(ctx)
+	drained := s.last(ctx)
 	rest()
-	c.stop(ctx, server, web)
-	if members != nil {
-		if err := members.Close(context.WithoutCancel(ctx)); err != nil { // ctx has ended, the farewell has its own bound
-			c.log.Warn("leaving gossip", "error", err)
-		}
-	}
+	s.stop(ctx)
+	s.leave(ctx)
 	return errors.Join(serving.Wait(), drained)
+}
+
+// last returns when nothing runs here any more, or may: it lets builds end once ctx has
+// ended, or a successor has taken over.
+func (s *service) last(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return s.drain(ctx)
+		case <-s.cfg.Upgrade:
+		}
+		err := s.handOver(ctx)
+		switch {
+		case err == nil:
+			return s.outlive(ctx)
+		case s.retired.Load(): // nobody listens any more
+			return errors.Join(err, s.drain(ctx))
+		}
+		s.log.Error("handing over to a successor: this process goes on", "error", err)
+	}
 }
 
 // drain lets running builds end, within bounds.
 func (c *coordinator) drain(ctx context.Context) error {
 	c.health.Shutdown()
+	c.writeRoll()
 	c.log.Info("draining: no new builds are taken", "timeout", c.cfg.DrainTimeout)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.DrainTimeout) // ctx has ended: that is why
+	ctx, cancel := c.patience(ctx)
 	defer cancel()
-	go func() { // ends with cancel
+	return c.drainAll(ctx)
+}
+
+// patience is for how long running builds may go on, from now.
+func (c *coordinator) patience(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.DrainTimeout) // ctx has ended: that is why
+	go func() {                                                                        // ends with cancel
 		select {
 		case <-c.cfg.Stop:
 			cancel()
 		case <-ctx.Done():
 		}
 	}()
-	return c.drainAll(ctx)
+	return ctx, cancel
 }
 
 // stop ends the servers: gently, as all builds are over, but not for long.
-func (c *coordinator) stop(ctx context.Context, server *grpc.Server, web *http.Server) {
-	c.finishHistory(ctx) // while the workers are there
-	c.farm.Fleet.Close()
+func (s *service) stop(ctx context.Context) {
+	s.finishHistory(ctx) // while the workers are there
+	s.farm.Fleet.Close()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell) // ctx has ended: that is why
 	defer cancel()
-	defer context.AfterFunc(ctx, server.Stop)()
+	defer context.AfterFunc(ctx, s.server.Stop)()
 	go func() { // ends with cancel
 		select {
-		case <-c.cfg.Stop:
-			server.Stop()
+		case <-s.cfg.Stop:
+			s.server.Stop()
 		case <-ctx.Done():
 		}
 	}()
-	server.GracefulStop()
-	if err := web.Shutdown(ctx); err != nil {
-		_ = web.Close()
+	s.server.GracefulStop()
+	if err := s.web.Shutdown(ctx); err != nil {
+		_ = s.web.Close()
 	}
-	c.log.Info("coordinator stopped")
+	s.log.Info("coordinator stopped")
 }
 
-// listen binds the doors. Each tells BuildKit's clients from agents' tunnels.
-func (c *coordinator) listen(ctx context.Context) ([]net.Listener, Bound, error) {
-	var out []net.Listener
+// leave tells the other members that this one is gone.
+func (s *service) leave(ctx context.Context) {
+	if s.members == nil {
+		return
+	}
+	if err := s.members.Close(context.WithoutCancel(ctx)); err != nil { // ctx has ended, the farewell has its own bound
+		s.log.Warn("leaving gossip", "error", err)
+	}
+}
+
+// door is a bound address.
+type door struct {
+	name    string // by which a successor inherits it
+	address address.Address
+	raw     net.Listener
+	secured net.Listener     // HTTP's
+	tunnels *tunnel.Listener // gRPC's, once it is open
+}
+
+// bind binds the addresses of the gRPC door, or takes them over from whoever has bound them.
+func (c *coordinator) bind(ctx context.Context) ([]door, Bound, error) {
+	var out []door
 	var bound Bound
-	for _, a := range c.administrated() {
-		l, err := a.Listen(ctx)
-		if err != nil {
-			closeAll(out)
-			return nil, bound, fmt.Errorf("listening on %s: %w", a, err)
+	for i, a := range c.administrated() {
+		name := fmt.Sprintf("listen-%d", i)
+		if a.Addr == c.door.AdminSocket {
+			name = "admin"
+		}
+		l, inherited := c.cfg.Inherited.Take(name, a.Network, a.Addr)
+		if !inherited {
+			var err error
+			if l, err = a.Listen(ctx); err != nil {
+				closeAll(out)
+				return nil, bound, fmt.Errorf("listening on %s: %w", a, err)
+			}
 		}
 		actual := a
 		if a.Network == "tcp" {
 			actual = address.Address{Network: "tcp", Addr: l.Addr().String()}
 		}
-		if actual.Addr == c.door.AdminSocket {
+		if name == "admin" {
 			bound.Admin = actual.Addr
 		} else {
 			bound.Listen = append(bound.Listen, actual)
 		}
-		out = append(out, tunnel.NewListener(l, c.door.Security(a, c.cfg.Insecure), c.farm.Fleet.Accept, c.log))
+		out = append(out, door{name: name, address: a, raw: l})
 	}
 	return out, bound, nil
 }
 
-func closeAll(listeners []net.Listener) {
-	for _, l := range listeners {
-		_ = l.Close() // the server has closed it, unless it never served
+func closeAll(doors []door) {
+	for _, d := range doors {
+		if d.raw != nil {
+			_ = d.raw.Close() // the server has closed it, unless it never served
+		}
 	}
+}
+
+// listen opens the gRPC doors. Each tells BuildKit's clients from agents' tunnels.
+func (s *service) listen() []net.Listener {
+	var out []net.Listener
+	for i, d := range s.doors[:len(s.doors)-1] {
+		s.doors[i].tunnels = tunnel.NewListener(d.raw, s.door.Security(d.address, s.cfg.Insecure), s.farm.Fleet.Accept, s.log)
+		out = append(out, s.doors[i].tunnels)
+	}
+	return append(out, s.inside)
 }
 
 // server registers everything that is served on the gRPC door.

@@ -79,6 +79,8 @@ func (c *coordinator) work(ctx context.Context) {
 	parts.Go(func() error { c.publisher.Run(ctx, recovery); return nil })
 	parts.Go(func() error { c.sweep(ctx); return nil })
 	parts.Go(func() error { c.state.watch(ctx); return nil })
+	parts.Go(func() error { c.attend(ctx); return nil })
+	parts.Go(func() error { c.keepRoll(ctx); return nil })
 	_ = parts.Wait()
 }
 

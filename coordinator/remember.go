@@ -15,13 +15,13 @@ import (
 )
 
 // openHistory opens the build history, and what keeps the builds' traces.
-func openHistory(ctx context.Context, cfg Config, records store.History, workers *fleet.Fleet) (*history.History, *trace.Traces, error) {
+func openHistory(ctx context.Context, cfg Config, data *dataDir, records store.History, workers *fleet.Fleet) (*history.History, *trace.Traces, error) {
 	traces, err := trace.New(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
 	h, err := history.Open(ctx, history.Options{
-		Store: records, Dir: filepath.Join(cfg.DataDir, "history"), Disabled: cfg.HistoryDisabled,
+		Store: records, Dir: filepath.Join(data.own, "history"), Disabled: cfg.HistoryDisabled,
 		Limits:  history.Limits{MaxEntries: cfg.HistoryMaxEntries, MaxAge: cfg.HistoryMaxAge, MaxSize: cfg.HistoryMaxSize},
 		Workers: endpoint.Workers{Fleet: workers}, Spans: traces, Log: cfg.Logger,
 	})

@@ -31,7 +31,7 @@ var errRevoked = errors.New("its certificate was revoked")
 func (c *coordinator) openAuthority(workers *fleet.Fleet) (err error) {
 	hosts := slices.Concat(c.cfg.TLSHosts, ownHosts(c.cfg))
 	c.authority, err = authority.Open(authority.Config{
-		Dir: c.cfg.DataDir, Name: c.cfg.Name, Hosts: hosts,
+		Dir: c.cfg.DataDir, Shared: c.cfg.succeeds(), Name: c.cfg.Name, Hosts: hosts,
 		CACert: c.cfg.CACert, CAKey: c.cfg.CAKey, TLSCert: c.cfg.TLSCert, TLSKey: c.cfg.TLSKey,
 		Advertise: c.dialable, Logger: c.log,
 		Evict: func(who identity.Identity) {

@@ -47,7 +47,7 @@ type state struct {
 }
 
 // openState opens the store that the configuration names.
-func openState(ctx context.Context, cfg Config, metrics prometheus.Registerer) (*state, error) {
+func openState(ctx context.Context, cfg Config, data *dataDir, metrics prometheus.Registerer) (*state, error) {
 	key, err := openKey(cfg)
 	if err != nil {
 		return nil, err
@@ -60,10 +60,10 @@ func openState(ctx context.Context, cfg Config, metrics prometheus.Registerer) (
 	opened.heard()
 	err = opened.checkKey(ctx)
 	if err == nil {
-		opened.contexts, err = contexts.New(s, filepath.Join(cfg.DataDir, "contexts"), contexts.Options{MaxContext: cfg.MaxContext})
+		opened.contexts, err = contexts.New(s, filepath.Join(data.own, "contexts"), contexts.Options{MaxContext: cfg.MaxContext})
 	}
 	if err == nil {
-		opened.resolve, err = gitref.In(filepath.Join(cfg.DataDir, "git"))
+		opened.resolve, err = gitref.In(filepath.Join(data.own, "git"))
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -75,7 +75,7 @@ func openStore(ctx context.Context, cfg Config, failed func(string)) (store.Stor
 	switch {
 	case cfg.Store == "":
 		return sqlite.Open(ctx, sqlite.Options{
-			Path: filepath.Join(cfg.DataDir, StoreFile), BlobDir: filepath.Join(cfg.DataDir, "blobs"), Failed: failed, Log: cfg.Logger,
+			Path: filepath.Join(cfg.DataDir, StoreFile), BlobDir: filepath.Join(cfg.DataDir, "blobs"), Succeeds: cfg.succeeds(), Failed: failed, Log: cfg.Logger,
 		})
 	case postgres.IsURL(cfg.Store):
 		return postgres.Open(ctx, postgres.Options{URL: cfg.Store, Failed: failed, Log: cfg.Logger})

@@ -40,7 +40,7 @@ func newKeyLine(first byte) string {
 // within opens the state, and closes it when f is done.
 func within(t *testing.T, cfg Config, f func(*state)) error {
 	t.Helper()
-	s, err := openState(t.Context(), cfg, prometheus.NewRegistry())
+	s, err := openState(t.Context(), cfg, &dataDir{own: cfg.DataDir}, prometheus.NewRegistry())
 	if err != nil {
 		return err
 	}

@@ -26,7 +26,7 @@ import (
 // web serves health and metrics to everybody, and jobs to those who may call them,
 // by the connection that it is given. It returns an idle server when no address is
 // configured.
-func (c *coordinator) web(ctx context.Context, calls grpc.ClientConnInterface, bound *Bound) (*http.Server, net.Listener, error) {
+func (c *coordinator) web(ctx context.Context, calls grpc.ClientConnInterface, bound *Bound) (*http.Server, door, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -51,21 +51,25 @@ func (c *coordinator) web(ctx context.Context, calls grpc.ClientConnInterface, b
 		Protocols: access.HTTPProtocols(), ConnContext: c.door.ConnContext,
 	}
 	if c.cfg.HTTP == "" {
-		return server, closedListener{}, nil
+		return server, door{secured: closedListener{}}, nil
 	}
-	var config net.ListenConfig
-	l, err := config.Listen(ctx, "tcp", c.cfg.HTTP)
-	if err != nil {
-		return nil, nil, fmt.Errorf("listening on %s for health, metrics and jobs: %w", c.cfg.HTTP, err)
+	l, inherited := c.cfg.Inherited.Take("http", "tcp", c.cfg.HTTP)
+	if !inherited {
+		var config net.ListenConfig
+		var err error
+		if l, err = config.Listen(ctx, "tcp", c.cfg.HTTP); err != nil {
+			return nil, door{}, fmt.Errorf("listening on %s for health, metrics and jobs: %w", c.cfg.HTTP, err)
+		}
 	}
 	api, err := httpapi.New(ctx, calls, httpapi.Options{Metrics: c.metrics, MaxArchive: c.cfg.MaxContext})
 	if err != nil {
 		_ = l.Close()
-		return nil, nil, fmt.Errorf("serving jobs over HTTP: %w", err)
+		return nil, door{}, fmt.Errorf("serving jobs over HTTP: %w", err)
 	}
 	mux.Handle("/v1/", c.door.Identified(api))
 	bound.HTTP = l.Addr().String()
-	return server, c.door.HTTP(l, address.Address{Network: "tcp", Addr: bound.HTTP}, c.cfg.Insecure), nil
+	actual := address.Address{Network: "tcp", Addr: bound.HTTP}
+	return server, door{name: "http", address: actual, raw: l, secured: c.door.HTTP(l, actual, c.cfg.Insecure)}, nil
 }
 
 // closedListener serves nobody.

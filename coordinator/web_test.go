@@ -24,7 +24,7 @@ func served(t *testing.T, cfg Config) (c *coordinator, get func(method, path str
 	if err := cfg.validate(); err != nil {
 		t.Fatal(err)
 	}
-	c, err := assembleCoordinator(t.Context(), cfg)
+	c, err := assembleCoordinator(t.Context(), cfg, &dataDir{own: cfg.DataDir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +45,7 @@ func served(t *testing.T, cfg Config) (c *coordinator, get func(method, path str
 		t.Fatal(err)
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(listener) }()
+	go func() { ended <- server.Serve(listener.secured) }()
 	t.Cleanup(func() {
 		_ = server.Close()
 		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
@@ -138,7 +138,7 @@ func TestWeb_NowhereWhenNoAddressIsGiven(t *testing.T) {
 	if err != nil || bound.HTTP != "" {
 		t.Fatalf("bound to %q, %v", bound.HTTP, err)
 	}
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(listener.secured); !errors.Is(err, http.ErrServerClosed) {
 		t.Error(err)
 	}
 }

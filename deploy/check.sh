@@ -70,6 +70,9 @@ units() {
 		# shellcheck disable=SC2086 # one word an argument
 		[ -z "$command" ] || accepts "$unit" $command
 	done
+	cp deploy/systemd/archfarm-coordinator.socket "$work"
+	systemd-analyze verify "$work/archfarm-coordinator.socket" >"$work/verify" 2>&1 || complain "archfarm-coordinator.socket: $(cat "$work/verify")"
+	[ ! -s "$work/verify" ] || complain "archfarm-coordinator.socket: $(cat "$work/verify")"
 	# Tenths; newer systemd counts a little differently than the 252 whose figure the unit quotes.
 	exposed=$(systemd-analyze security --offline=true --no-pager --threshold=20 "$work/archfarm-coordinator.service" 2>&1) ||
 		complain "archfarm-coordinator.service is exposed more than it was: ${exposed##*$'\n'}"

@@ -44,7 +44,8 @@ type Listener struct {
 	ended  chan struct{} // when inner accepts no more; err says why
 	err    error
 
-	workers sync.WaitGroup // the accepting goroutine and one for each undecided connection
+	workers  sync.WaitGroup // the accepting goroutine and one for each undecided connection
+	deciding sync.WaitGroup // the latter
 
 	mu        sync.Mutex
 	isClosed  bool
@@ -89,6 +90,11 @@ func (l *Listener) Accept() (net.Conn, error) {
 // Addr is the address that the inner listener is bound to.
 func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 
+// Retire accepts no more connections, which leaves them to whoever shares the
+// socket. Those that have been accepted come out of Accept, which returns an error
+// that is net.ErrClosed after the last. Close is still needed.
+func (l *Listener) Retire() error { return l.inner.Close() }
+
 // Close stops accepting, closes the connections that are undecided and waits
 // for the listener's goroutines. What was handed out before lives on. It may be
 // called several times; only the first call returns the inner listener's error.
@@ -114,6 +120,7 @@ func (l *Listener) Close() error {
 // serve accepts until the inner listener ends.
 func (l *Listener) serve() {
 	defer close(l.ended)
+	defer l.deciding.Wait() // whoever was accepted is served
 	for {
 		conn, err := l.inner.Accept()
 		if err == nil {
@@ -157,7 +164,11 @@ func (l *Listener) admit(conn net.Conn) {
 			"limit", l.limit, "remote", oldest.RemoteAddr().String())
 	}
 	entry := l.undecided.PushBack(conn)
-	l.workers.Go(func() { l.decide(conn, entry) })
+	l.deciding.Add(1)
+	l.workers.Go(func() {
+		defer l.deciding.Done()
+		l.decide(conn, entry)
+	})
 }
 
 // decide reads what conn begins with and hands it on.

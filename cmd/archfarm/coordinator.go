@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -15,6 +17,7 @@ import (
 	"github.com/archfarm/archfarm/coordinator/publish"
 	"github.com/archfarm/archfarm/coordinator/session/spool"
 	"github.com/archfarm/archfarm/coordinator/split"
+	"github.com/archfarm/archfarm/handover"
 )
 
 func newCoordinator(stop <-chan struct{}) *cobra.Command {
@@ -23,7 +26,11 @@ func newCoordinator(stop <-chan struct{}) *cobra.Command {
 		Short: "Serve the BuildKit endpoint and send its builds to workers",
 		Long: `Serve BuildKit's API to unmodified clients. Builds are split by platform and run
 on the workers that have joined; SIGTERM lets running builds end and takes no new
-ones, a second SIGTERM stops at once.`,
+ones, a second SIGTERM stops at once. SIGUSR2 starts the same command anew, of what
+may be a newer binary by now: that takes what is new, at the same addresses, while this
+process lets its builds end. No build is lost.
+
+Sockets of --listen and --http that systemd has opened (sd_listen_fds(3)) are used.`,
 		Example: `  archfarm coordinator --data-dir /var/lib/archfarm
   archfarm coordinator --listen 10.0.0.5:8372 --listen unix:///run/archfarm.sock \
       --http 10.0.0.5:8373 --gossip 10.0.0.5:7946 --data-dir /var/lib/archfarm
@@ -37,6 +44,14 @@ ones, a second SIGTERM stops at once.`,
 			if err != nil {
 				return err
 			}
+			if cfg.Inherited, err = handover.Inherit(); err != nil {
+				return err
+			}
+			release, err := upgradable(&cfg)
+			if err != nil {
+				return err
+			}
+			defer release()
 			return coordinator.Run(cmd.Context(), cfg)
 		},
 	}
@@ -44,6 +59,23 @@ ones, a second SIGTERM stops at once.`,
 	cmd.Flags().String("name", "", "this coordinator's name in gossip (default: the host's name)")
 	cmd.Flags().String("data-dir", "", "folder for the coordinator's state")
 	return cmd
+}
+
+// upgradable lets SIGUSR2 start a successor.
+func upgradable(cfg *coordinator.Config) (release func(), err error) {
+	program, err := os.Executable() // as it was called, whatever has been put in its place since
+	if err != nil {
+		return nil, fmt.Errorf("finding out which program this is: %w", err)
+	}
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGUSR2)
+	cfg.Upgrade, cfg.Successor = asked, append([]string{program}, os.Args[1:]...)
+	cfg.Ready = func(coordinator.Bound) {
+		if err := handover.Notify("READY=1"); err != nil {
+			cfg.Logger.Warn("systemd does not know that this coordinator serves", "error", err)
+		}
+	}
+	return func() { signal.Stop(asked) }, nil
 }
 
 func coordinatorFlags(cmd *cobra.Command) {

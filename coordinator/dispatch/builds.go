@@ -142,6 +142,13 @@ func (bs *Builds) End(b *Build, reason error) {
 	}()
 }
 
+// Count is how many builds run or wait.
+func (bs *Builds) Count() int {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	return bs.count
+}
+
 // Drain refuses new builds and waits until the running ones have ended.
 func (bs *Builds) Drain(ctx context.Context) error {
 	bs.mu.Lock()

@@ -43,6 +43,7 @@ if [ -n "$buildkit" ]; then
 	done
 fi
 put 0644 "$here/archfarm-$role.service" "$root/etc/systemd/system/archfarm-$role.service"
+[ "$role" = worker ] || put 0644 "$here/archfarm-$role.socket" "$root/etc/systemd/system/archfarm-$role.socket"
 put 0644 "$here/archfarm.sysusers.conf" "$root/usr/lib/sysusers.d/archfarm.conf"
 put 0644 "$here/archfarm.tmpfiles.conf" "$root/usr/lib/tmpfiles.d/archfarm.conf"
 [ -e "$root/etc/archfarm/$role.env" ] || put 0600 "$here/$role.env" "$root/etc/archfarm/$role.env"
@@ -56,4 +57,8 @@ else
 	command -v buildkit-runc >/dev/null || command -v runc >/dev/null || die "there is no runc, which buildkitd needs: install it"
 fi
 systemctl daemon-reload
+if [ "$role" = coordinator ] && systemctl --quiet is-active archfarm-coordinator; then
+	echo "installed; now: systemctl reload archfarm-coordinator"
+	exit 0
+fi
 echo "installed; now adapt /etc/archfarm/$role.env, then: systemctl enable --now archfarm-$role"
