@@ -6,12 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -141,7 +144,7 @@ func StartFarm(t T, tools Tools, options FarmOptions) *Farm {
 // environment.
 func (f *Farm) StartCoordinator(t T, env ...string) {
 	t.Helper()
-	f.Coordinator = StartProcess(t, Spec{Name: "coordinator", Path: f.tools.Archfarm, Args: f.args, Env: append(f.env[:len(f.env):len(f.env)], env...)})
+	f.Coordinator = StartProcess(t, Spec{Name: "coordinator", Path: f.tools.Archfarm, Args: f.args, Env: append(f.env[:len(f.env):len(f.env)], env...), Heir: true})
 	f.parts = append(f.parts, f.Coordinator)
 }
 
@@ -150,6 +153,47 @@ func (f *Farm) RestartCoordinator(t T) {
 	t.Helper()
 	f.Coordinator.Stop(t)
 	f.StartCoordinator(t)
+}
+
+// StartActivated starts the coordinator as systemd does with a socket unit: the socket is there already.
+func (f *Farm) StartActivated(t T, socket net.Listener) {
+	t.Helper()
+	file, err := socket.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatalf("passing the socket on: %v", err)
+	}
+	defer file.Close()
+	args := append([]string{"-c", `export LISTEN_PID=$$; exec "$0" "$@"`, f.tools.Archfarm}, f.args...) // the shell's process id stays
+	f.Coordinator = StartProcess(t, Spec{
+		Name: "coordinator", Path: "/bin/sh", Args: args, Env: append(f.env[:len(f.env):len(f.env)], "LISTEN_FDS=1"), Files: []*os.File{file}, Heir: true,
+	})
+	f.parts = append(f.parts, f.Coordinator)
+}
+
+var started = regexp.MustCompile(`msg="started a successor" pid=(\d+)`)
+
+// Upgrade has the coordinator start a successor, which is f.Coordinator once it serves what is new. The former one,
+// which is returned, ends when its builds have.
+func (f *Farm) Upgrade(t T) (former *Process) {
+	t.Helper()
+	former = f.Coordinator
+	before := len(former.Output())
+	former.Signal(syscall.SIGUSR2)
+	pid := former.WaitOutput(t, startLimit, "a successor", func(output string) string {
+		if found := started.FindStringSubmatch(output[before:]); found != nil {
+			return found[1]
+		}
+		return ""
+	})
+	n, err := strconv.Atoi(pid)
+	if err != nil {
+		t.Fatalf("the successor's process id: %v", err)
+	}
+	heir := former.adopt(t, n)
+	heir.WaitOutput(t, startLimit, "the farm", func(output string) string { return Contains(`msg="handed over`)(output[before:]) })
+	f.Coordinator = heir
+	f.parts = append(f.parts, heir)
+	return former
 }
 
 // Token makes a join token: args are those of archfarm token create.

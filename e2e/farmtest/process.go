@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // stopLimit is how long a process may take to stop on SIGTERM before it is killed.
@@ -23,56 +25,91 @@ const logTail = 6 << 10
 type Process struct {
 	Name string
 
-	cmd  *exec.Cmd
-	out  output
+	cmd  *exec.Cmd // nil: another process has started it
+	fd   int       // pidfd of one that another process has started
+	pid  int
+	out  *output
 	done chan struct{}
 	err  error // of Wait; read after done
 }
 
 // Spec says what to start.
 type Spec struct {
-	Name string // in logs
-	Path string
-	Args []string
-	Env  []string // added to the environment
-	Dir  string
-	In   io.Reader
-	Keep bool // the caller stops it: no clean-up when the test ends other than killing what still runs
+	Name  string // in logs
+	Path  string
+	Args  []string
+	Env   []string // added to the environment
+	Dir   string
+	In    io.Reader
+	Files []*os.File // further open files, from 3 on
+	Keep  bool       // the caller stops it: no clean-up when the test ends other than killing what still runs
+	Heir  bool       // its output may go on when it has ended: a process that it has started writes there, too
 }
 
 // StartProcess starts a program and makes sure it has ended when the test has.
 func StartProcess(t T, spec Spec) *Process {
 	t.Helper()
 	cmd := exec.Command(spec.Path, spec.Args...)
-	cmd.Env, cmd.Dir, cmd.Stdin = cleanEnv(spec.Env...), spec.Dir, spec.In
+	cmd.Env, cmd.Dir, cmd.Stdin, cmd.ExtraFiles = cleanEnv(spec.Env...), spec.Dir, spec.In, spec.Files
 	if spec.Keep {
 		cmd.Env = append(cmd.Env, endsAtOnce())
 	}
-	p := &Process{Name: spec.Name, cmd: cmd, done: make(chan struct{})}
-	p.out.changed = make(chan struct{})
-	cmd.Stdout, cmd.Stderr = &p.out, &p.out
+	p := &Process{Name: spec.Name, cmd: cmd, out: newOutput(), done: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = p.out, p.out
+	if spec.Heir {
+		w := p.out.pipe(t)
+		defer w.Close()
+		cmd.Stdout, cmd.Stderr = w, w
+	}
 	// Should the test binary be killed (go test does on its timeout), nothing must stay behind.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = 5 * time.Second // a grandchild may hold the output open
 	if err := spawn(cmd); err != nil {
 		t.Fatalf("starting %s: %v", spec.Name, err)
 	}
+	p.pid = cmd.Process.Pid
 	go func() {
 		p.err = cmd.Wait()
 		close(p.done)
 	}()
+	if spec.Keep {
+		t.Cleanup(p.Kill)
+	} else {
+		p.endWith(t)
+	}
+	return p
+}
+
+// endWith stops the process at the end of the test, whose failure shows its log.
+func (p *Process) endWith(t T) {
 	t.Cleanup(func() {
-		if t.Failed() && !spec.Keep {
+		if t.Failed() {
 			t.Logf("log of %s, its end:\n%s", p.Name, p.Tail())
-		}
-		if spec.Keep {
-			p.Kill()
-			return
 		}
 		p.Stop(t)
 		p.complain(t)
 	})
-	return p
+}
+
+// adopt makes a process that p has started one of the test's.
+func (p *Process) adopt(t T, pid int) *Process {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatalf("looking after process %d, which %s has started: %v", pid, p.Name, err)
+	}
+	heir := &Process{Name: p.Name, fd: fd, pid: pid, out: p.out, done: make(chan struct{})}
+	go func() { // ends with the process, which endWith sees to
+		defer close(heir.done)
+		for {
+			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1); !errors.Is(err, unix.EINTR) {
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	heir.endWith(t)
+	return heir
 }
 
 // complain fails the test for what no program may say, whatever the test is about. The race detector speaks where the
@@ -112,7 +149,7 @@ var (
 func endsAtOnce() string { return "GORACE=" + os.Getenv("GORACE") + " atexit_sleep_ms=0" }
 
 // Pid is the process's id.
-func (p *Process) Pid() int { return p.cmd.Process.Pid }
+func (p *Process) Pid() int { return p.pid }
 
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
@@ -129,7 +166,11 @@ func (p *Process) Running() bool {
 
 // Signal sends a signal to the process alone; one that has ended is left in peace.
 func (p *Process) Signal(sig syscall.Signal) {
-	if p.Running() {
+	switch {
+	case !p.Running():
+	case p.cmd == nil:
+		_ = unix.PidfdSendSignal(p.fd, sig, nil, 0)
+	default:
 		_ = p.cmd.Process.Signal(sig)
 	}
 }
@@ -143,7 +184,10 @@ func (p *Process) SignalGroup(sig syscall.Signal) {
 
 // Kill ends the process and its group with SIGKILL, and waits.
 func (p *Process) Kill() {
-	if p.Running() {
+	switch {
+	case p.cmd == nil:
+		p.Signal(syscall.SIGKILL)
+	case p.Running():
 		_ = syscall.Kill(-p.Pid(), syscall.SIGKILL)
 	}
 	<-p.done
@@ -247,6 +291,22 @@ type output struct {
 	mu      sync.Mutex
 	buf     bytes.Buffer
 	changed chan struct{} // closed and replaced with every write
+}
+
+func newOutput() *output { return &output{changed: make(chan struct{})} }
+
+// pipe returns what a process can write to, and hand down.
+func (o *output) pipe(t T) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatalf("making a pipe: %v", err)
+	}
+	go func() { // ends with the last process that has the other end
+		_, _ = io.Copy(o, r)
+		_ = r.Close()
+	}()
+	return w
 }
 
 func (o *output) Write(b []byte) (int, error) {
