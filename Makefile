@@ -46,8 +46,10 @@ test: setup build tools ## every test; not as root, the end-to-end tests are ski
 	@if [ "$$(id -u)" = 0 ]; then $(MAKE) -s arm64vm; fi
 	@deploy/test.sh
 
+# FLAGS are those of go run ./loadtest/bench -h.
 bench: setup build tools ## the farm beside buildx on its own, side by side (root)
-	$(GO) run ./loadtest/bench
+	@deploy/setup.sh --bench || echo "going on without qemu-user: emulation is not measured"
+	$(GO) run ./loadtest/bench $(FLAGS)
 
 loadtest-fleet: setup build tools ## 1,000 workers join one coordinator, and come back after it was killed (root)
 	$(GO) run ./loadtest/fleet

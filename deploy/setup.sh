@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the Debian packages that `make test` and `make demo` need. Does nothing when all are there.
-# With --ci, also what only the checks in .ci/run need.
+# With --ci, also what only the checks in .ci/run need; with --bench, what only `make bench` needs.
 set -eu
 
 # binary:package. A package counts as installed when its binary is there, whoever put it there.
@@ -21,6 +21,8 @@ sysctl:procps
 "
 if [ "${1:-}" = --ci ]; then
 	needed="$needed shellcheck:shellcheck systemd-analyze:systemd python3:python3"
+elif [ "${1:-}" = --bench ]; then
+	needed="$needed qemu-aarch64:qemu-user" # the package that registers no emulator with the kernel
 fi
 
 PATH=$PATH:/usr/sbin:/sbin

@@ -21,6 +21,9 @@ func TestBench_ShortRunFillsTheTable(t *testing.T) {
 	for _, want := range []string{
 		"cached push, two platforms  ", "cached push, two platforms, provenance", "cached push, one platform",
 		"5 MB context, two platforms  ", "5 MB context, two platforms, pushed", "coordinator's peak memory",
+		"5 MB context, two platforms, uplink of 100 Mbit/s", "500 small files", "rebuild, one of 5 files",
+		"farm 5 of 5 amd64, 5 of 5 arm64 (goal: all ok)", "a worker lost during a step of 2s", "CPU time by GB relayed: an OCI archive",
+		"a step bound by the CPU, emulated",
 		"durable submissions, 64 clients, SQLite", "an event reaches 20 watchers", "the newest page of 20000 jobs", "start with 200 queued",
 	} {
 		if !strings.Contains(out.String(), want) {
@@ -110,13 +113,66 @@ func TestTable_ShowsRatioSpreadAndVerdict(t *testing.T) {
 	}
 }
 
+func TestTable_WhatCannotBeMeasuredIsSaid(t *testing.T) {
+	t.Parallel()
+	var out strings.Builder
+	c := absent("emulation", "not installed", emulated, natively)
+	table(t, &out, []outcome{c.run(t.Context(), t, func() bool { return false })})
+	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+	if got, want := strings.Join(strings.Fields(lines[len(lines)-1]), " "), "emulation 0 qemu-user - native - - - - not installed"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestCountHits_ByArchitecture(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		output, want string
+		complete     bool
+	}{
+		"nothing built": {"#1 [internal] load .dockerignore\n#1 DONE 0.0s\n", "none", false},
+		"a farm": {"#1 [linux/arm64] assigned to worker one\n#1 DONE 0.0s\n\n#2 [linux/arm64 base 1/1] COPY a /a\n#2 CACHED\n\n" +
+			"#12 [linux/amd64 base 1/1] COPY a /a\n#12 DONE 0.1s\n", "0 of 1 amd64, 1 of 1 arm64", false},
+		"two nodes, of which one fetches": {"#4 [linux/amd64 base 1/1] COPY a /a\n#4 extracting sha256:12 done\n#4 DONE 0.1s\n\n" +
+			"#5 [stage-2 2/2] RUN [\"head > /after-arm64\"]\n#5 CACHED\n", "1 of 1 amd64, 1 of 1 arm64", true},
+		"a step that is shown twice": {"#4 [linux/amd64 1/1] COPY a /a\n#4 CACHED\n\n#4 [linux/amd64 1/1] COPY a /a\n#4 CACHED\n", "1 of 1 amd64", false},
+	} {
+		if got := countHits(c.output); got.String() != c.want || got.complete() != c.complete {
+			t.Errorf("%s: %q, complete %v, want %q", name, got, got.complete(), c.want)
+		}
+	}
+}
+
+func TestPerGB(t *testing.T) {
+	t.Parallel()
+	if got := perGB(time.Second, 200_000_000); got != 5*time.Second {
+		t.Errorf("a second for 200 MB is %s by GB", got)
+	}
+}
+
+func TestParts_EachHasOneName(t *testing.T) {
+	t.Parallel()
+	all := parts()
+	slices.Sort(all)
+	if len(slices.Compact(slices.Clone(all))) != len(all) {
+		t.Errorf("parts share names: %v", all)
+	}
+	for _, name := range all {
+		if o := (options{Only: name}); !o.selects(name) || o.selects("others") {
+			t.Errorf("-only %s selects something else", name)
+		}
+	}
+}
+
 func TestParse(t *testing.T) {
 	t.Parallel()
 	usual := options{
 		Rounds: 10, CachedRounds: 30, Size: 200_000_000, ImageRounds: 3, ImageSize: 2_000_000_000, AtOnce: 20, Limit: 7 * time.Minute,
+		Turns: 3, Files: 20_000, Step: 6 * time.Second, Burn: 4,
 		Window: 10 * time.Second, Watchers: 1000, History: 1_000_000, Queued: 10_000,
 	}
-	small, briefWatch := usual, shortly()
+	small, briefWatch, relayOnly := usual, shortly(), usual
+	relayOnly.Only, relayOnly.Turns = "relay", 1
 	small.Rounds, small.Size = 3, 7_000_000
 	briefWatch.Only = "watch"
 	for _, c := range []struct {
@@ -128,7 +184,10 @@ func TestParse(t *testing.T) {
 		{[]string{"-short"}, true, shortly()},
 		{[]string{"-short", "-only", "watch"}, true, briefWatch},
 		{[]string{"-rounds", "3", "-megabytes", "7"}, true, small},
+		{[]string{"-only", "relay", "-turns", "1"}, true, relayOnly},
 		{[]string{"-rounds", "0"}, false, options{}},
+		{[]string{"-turns", "0"}, false, options{}},
+		{[]string{"-step", "1ms"}, false, options{}},
 		{[]string{"-only", "nothing"}, false, options{}},
 		{[]string{"-history", "1000"}, false, options{}},
 		{[]string{"more"}, false, options{}},

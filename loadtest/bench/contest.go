@@ -14,10 +14,11 @@ type contest struct {
 	// sides are builders: the first is compared with the second; what others take is shown too.
 	sides  []string
 	rounds int
-	goal   float64 // the ratio that the first should not exceed; 0 for none
+	goal   float64       // the ratio that the first should not exceed; 0 for none
+	note   func() string // what else is to be said once it was held, if set
 	// prepare, if set, is called before each build and is not measured.
 	prepare func(t farmtest.T)
-	// build returns how long one build at a builder took.
+	// build returns how long one build at a builder took; or whatever else is measured in seconds, and better when less.
 	build func(t farmtest.T, builder string) time.Duration
 }
 
@@ -49,6 +50,11 @@ func (c contest) run(ctx context.Context, t farmtest.T, late func() bool) outcom
 		}
 	}
 	return out
+}
+
+// absent is a contest that cannot be held here.
+func absent(name, why string, sides ...string) contest {
+	return contest{name: name, sides: sides, note: func() string { return why }}
 }
 
 // rounds is how many were held.

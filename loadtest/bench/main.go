@@ -1,5 +1,6 @@
 // Command bench measures a farm beside buildx on its own: both build at the same two buildkitds, in turns, in one run.
-// What counts is the ratio; milliseconds are those of the machine that it ran on. It also measures jobs: submissions,
+// What counts is the ratio; milliseconds are those of the machine that it ran on. It also measures what a lost worker, the
+// relaying itself and emulation cost, each beside the same without; and jobs: submissions,
 // events, lists and a restart, beside what they are made of. Run it with make bench, as root.
 package main
 
@@ -39,7 +40,11 @@ type options struct {
 	ImageRounds  int           // of the exports of the large image
 	ImageSize    int64         // of that image, in bytes
 	AtOnce       int           // builds that run at the same time
-	Limit        time.Duration // no round begins after that
+	Turns        int           // rounds of each of the other contests
+	Files        int           // in the context of many small files
+	Step         time.Duration // that is long enough to lose a worker
+	Burn         int           // how often the work of the emulated step is done
+	Limit        time.Duration // no round of a part begins after that
 	// Only names the one part to measure; empty: all.
 	Only     string
 	Window   time.Duration // that jobs are submitted, or watched
@@ -47,6 +52,9 @@ type options struct {
 	History  int           // ended jobs to list
 	Queued   int           // jobs at a restart
 }
+
+// selects tells whether a part is to be measured.
+func (o options) selects(part string) bool { return o.Only == "" || o.Only == part }
 
 // parse reads the command line.
 func parse(args []string) (options, error) {
@@ -60,7 +68,11 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.ImageRounds, "image-rounds", 3, "rounds of exports of the large image")
 	flags.Int64Var(&image, "image-megabytes", 2000, "size of the large image, half of it for each platform")
 	flags.IntVar(&o.AtOnce, "at-once", 20, "builds that run at the same time, for the coordinator's memory")
-	flags.DurationVar(&o.Limit, "limit", 7*time.Minute, "begin no round after this time: what is measured by then is shown")
+	flags.IntVar(&o.Turns, "turns", 3, "rounds of each contest of the other parts that measure builds")
+	flags.IntVar(&o.Files, "files", 20_000, "small files of a context")
+	flags.DurationVar(&o.Step, "step", 6*time.Second, "how long a step takes whose worker is killed at half time")
+	flags.IntVar(&o.Burn, "burn", 4, "how often the work of the emulated step is done, at some 200 ms")
+	flags.DurationVar(&o.Limit, "limit", 7*time.Minute, "begin no round of a part after this time: what is measured by then is shown")
 	flags.StringVar(&o.Only, "only", "", "measure only this: "+strings.Join(parts(), ", "))
 	flags.DurationVar(&o.Window, "seconds", 10*time.Second, "how long jobs are submitted, and watched")
 	flags.IntVar(&o.Watchers, "watchers", 1000, "watchers of one job")
@@ -70,8 +82,9 @@ func parse(args []string) (options, error) {
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
-	if flags.NArg() > 0 || o.Rounds < 1 || o.CachedRounds < 1 || o.ImageRounds < 1 || o.AtOnce < 1 || megabytes < 1 || image < 2 || o.Limit <= 0 ||
-		o.Only != "" && !slices.Contains(parts(), o.Only) || o.Window < time.Second || o.Watchers < 1 || o.History <= fewJobs || o.Queued < 1 {
+	least := min(o.Rounds, o.CachedRounds, o.ImageRounds, o.AtOnce, o.Turns, o.Files, o.Burn, o.Watchers, o.Queued)
+	if flags.NArg() > 0 || least < 1 || megabytes < 1 || image < 2 || o.Limit <= 0 || o.Step < time.Second ||
+		o.Only != "" && !slices.Contains(parts(), o.Only) || o.Window < time.Second || o.History <= fewJobs {
 		err := fmt.Errorf("bench takes no arguments, flags greater than 0, a history of more than %d jobs, and one of its parts; see bench -help", fewJobs)
 		fmt.Fprintln(flags.Output(), err)
 		return o, err
@@ -88,5 +101,6 @@ func parse(args []string) (options, error) {
 // shortly is enough to see that everything works, and too little to conclude anything from.
 func shortly() options {
 	return options{Rounds: 1, CachedRounds: 1, Size: 5_000_000, ImageRounds: 1, ImageSize: 10_000_000, AtOnce: 3, Limit: 5 * time.Minute,
+		Turns: 1, Files: 500, Step: 2 * time.Second, Burn: 1,
 		Window: time.Second, Watchers: 20, History: 20_000, Queued: 200}
 }

@@ -7,8 +7,10 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/archfarm/archfarm/e2e/farmtest"
 )
@@ -35,6 +37,61 @@ func newSource(t farmtest.T, size int64) source {
 		t.Fatalf("%v", err)
 	}
 	return s
+}
+
+// tree is a build context of many files.
+type tree struct {
+	source
+	files int
+	size  int64 // of each, in bytes
+}
+
+// inFolder is how many files of a tree share a folder.
+const inFolder = 100
+
+// newTree makes a context of so many files.
+func newTree(t farmtest.T, files int, size int64) tree {
+	t.Helper()
+	s := newSource(t, 0)
+	if err := os.Remove(filepath.Join(s.dir, "data")); err != nil {
+		t.Fatalf("writing a build context: %v", err)
+	}
+	for folder := 0; folder*inFolder < files; folder++ {
+		if err := os.MkdirAll(filepath.Join(s.dir, "data", strconv.Itoa(folder)), 0o755); err != nil {
+			t.Fatalf("writing a build context: %v", err)
+		}
+	}
+	tr := tree{source: s, files: files, size: size}
+	tr.renew(t, files)
+	return tr
+}
+
+// renew makes the first of the files new.
+func (s tree) renew(t farmtest.T, files int) {
+	t.Helper()
+	for i := range files {
+		if err := s.writeTo(s.name(i), os.O_CREATE, s.size); err != nil {
+			t.Fatalf("%v", err)
+		}
+	}
+	syscall.Sync() // as in change
+}
+
+// touch makes every file look new, which is enough for those that are sent it.
+func (s tree) touch(t farmtest.T) {
+	t.Helper()
+	now := time.Now()
+	for i := range s.files {
+		if err := os.Chtimes(filepath.Join(s.dir, s.name(i)), now, now); err != nil {
+			t.Fatalf("changing a build context: %v", err)
+		}
+	}
+	syscall.Sync() // as in change
+}
+
+// name is that of a file, below the context.
+func (tree) name(i int) string {
+	return filepath.Join("data", strconv.Itoa(i/inFolder), fmt.Sprintf("file-%d", i))
 }
 
 // newPair makes a context with such data of each platform's own.
@@ -65,8 +122,10 @@ func (s source) change(t farmtest.T) {
 	syscall.Sync() // the disk is to be idle when the next build begins
 }
 
-func (s source) write(flags int, size int64) error {
-	f, err := os.OpenFile(filepath.Join(s.dir, "data"), os.O_WRONLY|flags, 0o644)
+func (s source) write(flags int, size int64) error { return s.writeTo("data", flags, size) }
+
+func (s source) writeTo(name string, flags int, size int64) error {
+	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_WRONLY|flags, 0o644)
 	if err != nil {
 		return fmt.Errorf("writing a build context: %w", err)
 	}

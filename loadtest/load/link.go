@@ -10,8 +10,8 @@ import (
 	"github.com/archfarm/archfarm/e2e/farmtest"
 )
 
-// linkChunk is how much of one connection passes a link at a time, in bytes.
-const linkChunk = 16 << 10
+// How much of one connection passes at a time, in bytes: a narrow link, and one without limit, which is io.Copy's.
+const linkChunk, proxyChunk = 16 << 10, 32 << 10
 
 // Link is a narrow line to one or more endpoints: what goes to them, by whatever connection, shares it, chunk by chunk
 // in the order of asking. What it cannot forward waits in the sender's socket, as before a real narrow link. What comes
@@ -106,7 +106,11 @@ func (e *entrance) close() {
 func (e *entrance) copy(to, from net.Conn, line *pace) {
 	defer to.Close()
 	defer from.Close()
-	buf := make([]byte, linkChunk)
+	chunk := proxyChunk
+	if line != nil {
+		chunk = linkChunk
+	}
+	buf := make([]byte, chunk)
 	for {
 		n, err := from.Read(buf)
 		if line != nil {
