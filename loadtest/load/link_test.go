@@ -18,9 +18,10 @@ func TestPace_BytesTakeTheirTime(t *testing.T) {
 		free time.Time
 		want time.Duration // after now
 	}{
-		"an idle line saves nothing up": {now.Add(-time.Hour), 2 * time.Second},
-		"a busy line is waited for":     {now.Add(time.Second), 3 * time.Second},
-		"a line never used":             {time.Time{}, 2 * time.Second},
+		"an idle line saves hardly anything up":  {now.Add(-time.Hour), 2*time.Second - oversleep},
+		"who has slept too long makes up for it": {now.Add(-time.Millisecond), 2*time.Second - time.Millisecond},
+		"a busy line is waited for":              {now.Add(time.Second), 3 * time.Second},
+		"a line never used":                      {time.Time{}, 2*time.Second - oversleep},
 	} {
 		p := pace{free: c.free}
 		if got := p.after(now, 200, 100).Sub(now); got != c.want {
