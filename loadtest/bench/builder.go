@@ -50,13 +50,14 @@ func newRig(t farmtest.T) *rig {
 	native, foreign := platforms()
 	r := &rig{tools: tools, native: native, foreign: foreign, both: native + "," + foreign}
 	r.registry = load.StartRegistry(t, tools)
-	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{Workers: []farmtest.WorkerSpec{
+	r.farm = farmtest.StartFarm(t, tools, farmtest.FarmOptions{CoordinatorArgs: []string{"--pprof"}, Workers: []farmtest.WorkerSpec{
 		{Name: "native", Platforms: []string{native}, Slots: slots},
 		{Name: "told", Platforms: []string{foreign}, Slots: slots}, // its Dockerfiles must not execute anything
 	}})
 	first, second := r.farm.Workers[0].Buildkitd.Addr, r.farm.Workers[1].Buildkitd.Addr
 	r.buildx(t, "create", "--name", names[oneNode], "--driver", "remote", first)
 	r.nodes(t, twoNodes, first, second)
+	t.Logf("the coordinator's profiles are at %s/debug/pprof/", r.farm.HTTP)
 	return r
 }
 
