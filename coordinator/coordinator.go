@@ -80,9 +80,11 @@ type coordinator struct {
 	publisher *publish.Publisher
 	jobs      *job.Service
 	inside    *access.Inside
-	rolling   sync.Mutex
-	roll      string                // what is in rollFile
-	bound     atomic.Pointer[Bound] // nil until all addresses are
+	// accompanied is 1 while a predecessor still runs.
+	accompanied prometheus.Gauge
+	rolling     sync.Mutex
+	roll        string                // what is in rollFile
+	bound       atomic.Pointer[Bound] // nil until all addresses are
 }
 
 // Run serves until ctx ends and the builds that run by then have ended too, or
@@ -135,7 +137,11 @@ func assembleCoordinator(ctx context.Context, cfg Config, data *dataDir) (*coord
 	registerMetrics(metrics, farm, cfg.Version)
 	running := dispatch.NewBuilds(farm)
 	running.Limit = cfg.MaxBuilds
-	c := &coordinator{cfg: cfg, data: data, log: cfg.Logger, farm: farm, builds: running, metrics: metrics, health: health.NewServer()}
+	accompanied := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "archfarm_predecessor_running", Help: "1 while the process that this one took over from lets its builds end.",
+	})
+	metrics.MustRegister(accompanied)
+	c := &coordinator{cfg: cfg, data: data, accompanied: accompanied, log: cfg.Logger, farm: farm, builds: running, metrics: metrics, health: health.NewServer()}
 	if err := c.openAuthority(workers); err != nil {
 		return nil, err
 	}

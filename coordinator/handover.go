@@ -35,6 +35,7 @@ func (c *coordinator) succeed(ctx context.Context) error {
 		return fmt.Errorf("taking over: %w", err)
 	}
 	c.cfg.Inherited.Own()
+	c.accompanied.Set(1)
 	c.log.Info("took over from the predecessor, which lets its builds end")
 	return nil
 }
@@ -49,6 +50,7 @@ func (c *coordinator) attend(ctx context.Context) {
 	}
 	select {
 	case <-c.cfg.Inherited.Predecessor.Gone():
+		c.accompanied.Set(0)
 		c.log.Info("the predecessor has ended")
 	case <-ctx.Done():
 		return

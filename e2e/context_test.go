@@ -208,9 +208,9 @@ target "two" {
 }
 
 // metric reads one of the coordinator's metrics.
-func (m metered) metric(t *testing.T, name string) float64 {
+func (r rig) metric(t *testing.T, name string) float64 {
 	t.Helper()
-	resp, err := http.Get(m.Farm.HTTP + "/metrics")
+	resp, err := http.Get(r.Farm.HTTP + "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -187,9 +187,14 @@ func TestHandover_AWorkerLostAfterItIsReplaced(t *testing.T) {
 	build, gate := r.atGate(t, "v1", both)
 	lost, other := r.amd(t, build)
 	former := r.Farm.Upgrade(t)
+	wantEqual(t, "archfarm_predecessor_running", r.metric(t, "archfarm_predecessor_running"), 1)
 	lost.Agent.Kill()
 	r.wantContinued(t, build, gate, lost, other)
 	wantEqual(t, "the former coordinator's exit code", former.Wait(t, handoverLimit), 0)
+	farmtest.Eventually(t, goneLimit, "the successor knows that", func() (string, bool) {
+		running := r.metric(t, "archfarm_predecessor_running")
+		return fmt.Sprint(running), running == 0
+	})
 }
 
 // TestHandover_WithoutItWhatIsNewIsRefused shows that the tests above test what they say: a coordinator that merely
