@@ -148,10 +148,25 @@ func TestHandover_AnUpgradeUnderLoadLosesNoBuild(t *testing.T) {
 	}
 }
 
-// TestHandover_AJobGoesOn runs a leg of a job over an upgrade, and others after it.
+// TestHandover_AJobGoesOn runs a leg of a job over an upgrade, and others after it, with either store.
 func TestHandover_AJobGoesOn(t *testing.T) {
 	t.Parallel()
-	r := newJobRig(t, farmtest.FarmOptions{})
+	farmOnly(t)
+	for name, options := range map[string]func(t *testing.T) farmtest.FarmOptions{
+		"SQLite": func(*testing.T) farmtest.FarmOptions { return farmtest.FarmOptions{} },
+		"PostgreSQL": func(t *testing.T) farmtest.FarmOptions {
+			return farmtest.FarmOptions{CoordinatorEnv: []string{"ARCHFARM_STORE=" + startPostgres(t).String()}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			newJobRig(t, options(t)).goesOnAfterAnUpgrade(t)
+		})
+	}
+}
+
+func (r jobRig) goesOnAfterAnUpgrade(t *testing.T) {
+	t.Helper()
 	gate := farmtest.NewGate(t)
 	dir := r.step(t, gate.Run(), t.Name())
 	running := r.submit(t, "--context", dir, "--platform", "linux/amd64", "--tag", r.ref("running"))
@@ -253,11 +268,45 @@ func TestHandover_ASuccessorThatFailsChangesNothing(t *testing.T) {
 	wantEqual(t, "the former coordinator's exit code", former.Wait(t, handoverLimit), 0)
 }
 
-// TestHandover_SystemdHoldsTheSocket has a build begin while no coordinator runs.
+// manager is where systemd hears of its services.
+type manager struct{ conn *net.UnixConn }
+
+func newManager(t *testing.T) (m manager, env string) {
+	t.Helper()
+	path := filepath.Join(farmtest.Folder(t), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return manager{conn}, "NOTIFY_SOCKET=" + path
+}
+
+// hears waits until a service has said so.
+func (m manager) hears(t *testing.T, want string) {
+	t.Helper()
+	if err := m.conn.SetReadDeadline(time.Now().Add(startLimit)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1<<10)
+	for {
+		n, err := m.conn.Read(buf)
+		if err != nil {
+			t.Fatalf("systemd does not hear %q: %v", want, err)
+		}
+		if string(buf[:n]) == want {
+			return
+		}
+	}
+}
+
+// TestHandover_SystemdHoldsTheSocket has a build begin while no coordinator runs, and another process be the service.
 func TestHandover_SystemdHoldsTheSocket(t *testing.T) {
 	t.Parallel()
 	farmOnly(t)
-	r := newFarmRig(t, fleet()...)
+	systemd, env := newManager(t)
+	r := newFarm(t, farmtest.FarmOptions{Workers: fleet(), CoordinatorEnv: []string{env}})
+	systemd.hears(t, "READY=1")
 	addr := strings.TrimPrefix(r.Farm.Addr, "tcp://")
 	r.Farm.Coordinator.Stop(t)
 	socket, err := new(net.ListenConfig).Listen(t.Context(), "tcp", addr)
@@ -273,4 +322,7 @@ func TestHandover_SystemdHoldsTheSocket(t *testing.T) {
 	index := r.registry.Index(t, r.repo, "v1")
 	r.checkLeg(t, index, "linux/amd64", "x86_64\n")
 	r.checkLeg(t, index, "linux/arm64", "told\n")
+	systemd.hears(t, "READY=1")
+	r.Farm.Upgrade(t)
+	systemd.hears(t, fmt.Sprintf("MAINPID=%d", r.Farm.Coordinator.Pid()))
 }

@@ -103,10 +103,9 @@ type sharing struct {
 	other  *client.Client
 }
 
-func newSharing(t *testing.T) sharing {
+// startPostgres returns the URL of a server's database.
+func startPostgres(t *testing.T) *url.URL {
 	t.Helper()
-	farmOnly(t)
-	tools := farmtest.FindFarmTools(t)
 	server, err := postgrestest.Start(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -120,6 +119,14 @@ func newSharing(t *testing.T) sharing {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return database
+}
+
+func newSharing(t *testing.T) sharing {
+	t.Helper()
+	farmOnly(t)
+	tools := farmtest.FindFarmTools(t)
+	database := startPostgres(t)
 	line := newWire(t, database.Host)
 	key := farmtest.WriteFile(t, farmtest.Folder(t), "secrets.key", strings.Repeat("0123456789abcdef", 4)+"\n")
 	if err := syscall.Chmod(key, 0o600); err != nil {
