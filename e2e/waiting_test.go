@@ -15,10 +15,10 @@ import (
 // What nobody may wait for longer than: a client for its own end after Ctrl-C, the queue for that build to be gone, the
 // siblings of a failed leg, and a build that no worker can ever serve.
 const (
-	leaveLimit   = time.Second
+	leaveLimit   = 3 * time.Second // on a busy machine; a tenth of that usually
 	unqueueLimit = 2 * time.Second
 	siblingLimit = 2 * time.Second
-	refusalLimit = 2 * time.Second
+	refusalLimit = 10 * time.Second // with what a client takes to start; who waits, waits for 30 s
 )
 
 // since is the time that has passed, as it is told.
